@@ -1,0 +1,26 @@
+"""ENAT engines: export them from a checkpoint, run them anywhere. Importing this costs nothing; the parts load when they are used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import EnatError, Stopped
+
+if TYPE_CHECKING:
+    from .runtime.pictures import to_pil
+    from .runtime.pipeline import Pipeline
+
+__all__ = ["EnatError", "Pipeline", "Stopped", "to_pil"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":
+        from .runtime.pipeline import Pipeline
+
+        return Pipeline
+    if name == "to_pil":
+        from .runtime.pictures import to_pil
+
+        return to_pil
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

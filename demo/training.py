@@ -1,0 +1,75 @@
+"""What the demo's training runs share: the device, checkpoints to go on from, and a log of the losses."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def pick_device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 for the matrix products, on the CPU too; parameters, losses and optimizer stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate: a linear rise, then half a cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Run:
+    """A training run in a folder: `state.pt` to go on from, `log.csv` with a line every `log_every` steps.
+
+    `parts` are the objects with state_dict/load_state_dict that make up the run's state.
+    """
+
+    def __init__(self, folder: Path, steps: int, log_every: int = 50, save_seconds: float = 60, **parts: Any) -> None:
+        self.folder, self.steps, self.log_every, self.save_seconds, self.parts = folder, steps, log_every, save_seconds, parts
+        self.step = 0
+        self.saved = self.logged = time.monotonic()
+        self.sums: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "state.pt").exists():
+            state = torch.load(folder / "state.pt", weights_only=True)
+            self.step = state.pop("step")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            print(f"going on from step {self.step} of {steps}")
+
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}
+        torch.save(state, self.folder / "state.pt.part")
+        os.replace(self.folder / "state.pt.part", self.folder / "state.pt")
+        self.saved = time.monotonic()
+
+    def finish_step(self, **losses: torch.Tensor) -> None:
+        """Counts a step and its losses; logs and saves when it is time."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(loss.detach())
+        self.step += 1
+        if self.step % self.log_every == 0:
+            now = time.monotonic()
+            row = {name: round(total / self.log_every, 5) for name, total in self.sums.items()}
+            rate = self.log_every / (now - self.logged)
+            print(f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()) + f"  {rate:.2f} steps/s", flush=True)
+            log = self.folder / "log.csv"
+            new = not log.exists()
+            with log.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(["step", *row])
+                writer.writerow([self.step, *row.values()])
+            self.sums, self.logged = {}, now
+        if self.step == self.steps or time.monotonic() - self.saved > self.save_seconds:
+            self.save()

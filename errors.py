@@ -1,0 +1,37 @@
+"""The exceptions of enat. The commands show their message as one line; messages say what was found, what was expected, what to do."""
+
+
+class EnatError(Exception):
+    """Anything that enat itself reports. `exit_code` is what a command ends with: 1 for work that failed, 2 for input that is wrong."""
+
+    exit_code = 1
+
+
+class InputError(EnatError, ValueError):
+    """An argument is out of its range or unknown."""
+
+    exit_code = 2
+
+
+class CheckpointError(EnatError):
+    """A checkpoint is missing, damaged, unsafe to load, or not of the expected model."""
+
+    exit_code = 2
+
+
+class EngineError(EnatError):
+    """An engine directory is incomplete, altered, of a newer format, or does not hold what was asked of it."""
+
+    exit_code = 2
+
+
+class BackendError(EnatError):
+    """A backend is not installed or cannot run here."""
+
+
+class ExportError(EnatError):
+    """An exported graph does not compute what the model computes, or could not be written."""
+
+
+class Stopped(EnatError):
+    """A callback stopped the run."""

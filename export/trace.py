@@ -1,0 +1,91 @@
+"""PyTorch modules traced into ONNX graphs with the contract's names and dynamic dimensions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from .tables import IR_VERSION, OPSET
+
+EXTERNAL_DATA_FROM = 64 * 2**20  # bytes of weights; smaller graphs hold theirs
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: its name, and a name or a fixed size for every dimension."""
+
+    name: str
+    dims: tuple[str | int, ...]
+
+
+def trace(module: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Port], outputs: Sequence[Port]) -> ir.Model:
+    """Traces `module` with torch.onnx: every named dimension of `inputs` is free at run time, 0 included.
+
+    example: the inputs in order; every named dimension at least 2, since smaller ones are taken for constants.
+    """
+    names = {dim for port in inputs for dim in port.dims if isinstance(dim, str)}
+    free = {name: torch.export.Dim(name) for name in names}
+    shapes = tuple({i: free[dim] for i, dim in enumerate(port.dims) if isinstance(dim, str)} for port in inputs)
+    with quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(example.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[port.name for port in inputs],
+            output_names=[port.name for port in outputs],
+        )
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    for value, port in zip((*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True):
+        value.shape = ir.Shape(port.dims)
+    strip(model)
+    return model
+
+
+def strip(model: ir.Model) -> None:
+    """Takes out what tells of the machine that the graph was traced on (source files, stack traces)."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "enat", None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in ir.traversal.RecursiveGraphIterator(model.graph):
+        for output in value.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes a graph, large weights beside it in one file of its name with `.data` behind."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if size < EXTERNAL_DATA_FROM:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporter's own progress and its warnings about names off the terminal."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)

@@ -1,0 +1,149 @@
+"""Every exported graph against PyTorch, in ONNX Runtime, at several shapes, the empty ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..errors import ExportError
+from ..models.network import NetworkConfig
+
+FLOAT_TOLERANCE = 1e-4  # of the largest value that PyTorch gives, or of 1
+UINT8_SHARE = 1e-3  # of pixels that may be rounded the other way
+TOKEN_SHARE = 1e-3  # of tokens that may differ, where two codes are equally near
+
+
+@dataclass(frozen=True)
+class Check:
+    """One graph's worst figures over all shapes."""
+
+    graph: str
+    shapes: int
+    largest_error: float  # of float outputs; of integers the share that differs
+
+    def __str__(self) -> str:
+        return f"{self.graph}: {self.shapes} shapes, error at most {self.largest_error:.1e}"
+
+
+Inputs = dict[str, Tensor]
+
+
+def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]], cases: Iterator[Inputs]) -> Check:
+    """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    worst, count = 0.0, 0
+    for inputs in cases:
+        with torch.inference_mode():
+            expected = reference(**inputs)
+        expected = [expected] if isinstance(expected, Tensor) else expected
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        for output, value, wanted in zip(session.get_outputs(), found, expected, strict=True):
+            error, limit = difference(value, wanted.numpy())
+            if not error <= limit:
+                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
+                raise ExportError(f"{path.name}: {output.name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes})")
+            worst = max(worst, error)
+        count += 1
+    return Check(path.stem, count, worst)
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """How far two outputs are apart, and how far they may be."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        raise ExportError(f"expected {wanted.dtype} {list(wanted.shape)}, the graph gives {found.dtype} {list(found.shape)}")
+    if not wanted.size:
+        return 0.0, 0.0
+    if np.issubdtype(wanted.dtype, np.floating):
+        scale = max(1.0, float(np.abs(wanted).max()))
+        return float(np.abs(found - wanted).max()) / scale, FLOAT_TOLERANCE
+    apart = np.abs(found.astype(np.int64) - wanted.astype(np.int64))
+    if wanted.dtype == np.uint8:
+        return (1.0 if apart.max() > 1 else float((apart > 0).mean())), UINT8_SHARE
+    return float((apart > 0).mean()), TOKEN_SHARE
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def random_positions(batch: int, count: int, length: int, rng: torch.Generator) -> Tensor:
+    return torch.rand(batch, length, generator=rng).argsort(1)[:, :count]
+
+
+def condition_cases(config: NetworkConfig) -> Iterator[Inputs]:
+    yield {"labels": torch.tensor([config.null_class])}
+    yield {"labels": torch.arange(min(config.num_classes + 1, 5))}
+
+
+Modulation = Callable[[Tensor], tuple[Tensor, Tensor]]  # labels → the encoder's and the decoder's
+
+
+def encoder_inputs(config: NetworkConfig, modulation: Modulation, rng: torch.Generator, batch: int, rows: int, new: int, seen: int) -> Inputs:
+    labels = torch.randint(config.num_classes + 1, (rows,), generator=rng)
+    return {
+        "tokens": torch.randint(config.codes, (batch, new), generator=rng),
+        "positions": random_positions(batch, new, config.length, rng),
+        "features": torch.randn(rows, seen, config.dim, generator=rng),
+        "encoder_modulation": modulation(labels)[0],
+    }
+
+
+def encoder_cases(config: NetworkConfig, modulation: Modulation) -> Iterator[Inputs]:
+    """From all ends of the ranges of (batch, rows, new, seen)."""
+    rng, length = generator(), config.length
+    for sizes in ((1, 2, 3, 0), (1, 1, 1, 1), (2, 4, length // 4, length // 2), (2, 2, 0, 3), (1, 2, 0, 0), (3, 6, 2, length - 2)):
+        yield encoder_inputs(config, modulation, rng, *sizes)
+
+
+def decoder_inputs(
+    config: NetworkConfig, modulation: Modulation, rng: torch.Generator, batch: int, rows: int, masked: int, visible: int
+) -> Inputs:
+    labels = torch.randint(config.num_classes + 1, (rows,), generator=rng)
+    return {
+        "positions": random_positions(batch, masked, config.length, rng),
+        "features": torch.randn(rows, visible, config.dim, generator=rng),
+        "decoder_modulation": modulation(labels)[1],
+    }
+
+
+def decoder_cases(config: NetworkConfig, modulation: Modulation) -> Iterator[Inputs]:
+    """From all ends of the ranges of (batch, rows, masked, visible)."""
+    rng, length = generator(), config.length
+    for sizes in ((1, 1, length, 0), (2, 2, length, 0), (1, 2, length - 3, 3), (2, 4, length // 2, length // 2), (3, 6, 1, length - 1)):
+        yield decoder_inputs(config, modulation, rng, *sizes)
+
+
+def sampler_cases(config: NetworkConfig) -> Iterator[Inputs]:
+    """(batch, rows, masked, keep) from all ends of their ranges."""
+    rng, length = generator(), config.length
+    for batch, rows, masked, keep in ((1, 1, length, length - 2), (2, 4, length // 2, length // 3), (2, 2, 3, 0), (1, 2, 1, 1), (3, 6, 2, 1)):
+        yield {
+            "logits": 3 * torch.randn(rows, masked, config.codes, generator=rng),
+            "positions": random_positions(batch, masked, length, rng),
+            "choice_noise": torch.rand(batch, length, generator=rng),
+            "confidence_noise": torch.randn(batch, length, generator=rng),
+            "guidance": torch.tensor(1.5),
+            "sampling_temperature": torch.tensor(2.0),
+            "mask_temperature": torch.tensor(0.7),
+            "keep": torch.tensor(keep),
+        }
+
+
+def image_decoder_cases(codes: int, length: int, batches: Sequence[int] = (1, 2)) -> Iterator[Inputs]:
+    rng = generator()
+    for batch in batches:
+        yield {"tokens": torch.randint(codes, (batch, length), generator=rng), "positions": random_positions(batch, length, length, rng)}
+
+
+def image_encoder_cases(image_size: int, batches: Sequence[int] = (1, 2)) -> Iterator[Inputs]:
+    rng = generator()
+    for batch in batches:
+        yield {"images": torch.randint(256, (batch, image_size, image_size, 3), dtype=torch.uint8, generator=rng)}

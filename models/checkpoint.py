@@ -1,0 +1,156 @@
+"""Checkpoints in: published state dicts (`.pth`, `.ckpt`) and `.safetensors` become models. Every size is read off the shapes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .network import Network, NetworkConfig
+from .tokenizer import Tokenizer, TokenizerConfig
+
+StateDict = dict[str, Tensor]
+
+HEAD_DIM = 64  # of the published networks
+DECODER_DEPTH = 2
+UNUSED = "prev_embedder."  # in every published checkpoint, used by nothing
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Reads tensors and nothing else: a file that would run code is refused.
+
+    Raises CheckpointError where the file is missing, truncated, unsafe or not a plain state dict.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: not loaded, it is damaged or holds more than tensors (loading it could run code); "
+            "expected a plain state dict saved with torch.save, or a .safetensors file"
+        ) from error
+    except Exception as error:  # torch, zipfile and safetensors each have their own for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint, truncated or of another format ({reason})") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: expected a plain state dict of tensors, found {describe(state)}")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def describe(found: object) -> str:
+    if isinstance(found, dict):
+        names = ", ".join(sorted(map(str, found))[:4])
+        return f"a dict with {names or 'nothing in it'}"
+    return f"a {type(found).__name__}"
+
+
+def shape_of(state: StateDict, key: str, rank: int, path: Path, kind: str) -> torch.Size:
+    """The shape of one tensor that the sizes are read from."""
+    if key not in state or state[key].dim() != rank:
+        found = f"it has shape {list(state[key].shape)}" if key in state else f"its keys begin with {', '.join(sorted(state)[:3])}"
+        raise CheckpointError(f"{path}: not {kind}: expected {key} with {rank} dimensions, but {found}")
+    return state[key].shape
+
+
+def count(state: StateDict, pattern: str) -> int:
+    """How many consecutive numbers from 0 fill the group of `pattern` in the keys."""
+    found = {int(match[1]) for key in state if (match := re.match(pattern, key))}
+    return next(i for i in range(len(found) + 1) if i not in found)
+
+
+def network_config(state: StateDict, path: Path, heads: int | None = None, encoder_depth: int | None = None) -> NetworkConfig:
+    """The sizes of a network's state dict. `heads` and `encoder_depth` are not in it: head_dim 64 and two decoder blocks by default."""
+    kind = "an ENAT network"
+    words, dim = shape_of(state, "x_embedder.word_embeddings.weight", 2, path, kind)
+    length, _ = shape_of(state, "x_embedder.position_embeddings.weight", 2, path, kind)
+    classes, _ = shape_of(state, "y_embedder.embedding_table.weight", 2, path, kind)
+    blocks = count(state, r"blocks\.(\d+)\.")
+    grid = round(length**0.5)
+    if grid**2 != length:
+        raise CheckpointError(f"{path}: expected a square number of positions, found {length}")
+    if heads is None:
+        if dim % HEAD_DIM:
+            raise CheckpointError(f"{path}: the width {dim} is not a multiple of the default head_dim {HEAD_DIM}; name the number of heads (--heads)")
+        heads = dim // HEAD_DIM
+    if encoder_depth is None:
+        encoder_depth = blocks - DECODER_DEPTH
+    if not 1 <= encoder_depth < blocks:
+        raise CheckpointError(
+            f"{path}: the checkpoint has {blocks} blocks: expected an encoder depth (--encoder-depth) of 1 to {blocks - 1}, got {encoder_depth}"
+        )
+    return NetworkConfig(grid, dim, heads, encoder_depth, blocks - encoder_depth, codes=words - 1, num_classes=classes - 1)
+
+
+def tokenizer_config(state: StateDict, path: Path) -> TokenizerConfig:
+    """The sizes of a VQGAN's state dict."""
+    kind = "a VQGAN of MaskGIT's kind"
+    codes, code_dim = shape_of(state, "quantize.embedding.weight", 2, path, kind)
+    levels = count(state, r"encoder\.down\.(\d+)\.")
+    channels = tuple(
+        shape_of(state, f"encoder.down.{level}.block.0.conv1.weight", 4, path, kind)[0] for level in range(max(levels, 1))
+    )
+    return TokenizerConfig(
+        channels,
+        encoder_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        decoder_blocks=count(state, r"decoder\.up\.0\.block\.(\d+)\."),
+        codes=codes,
+        code_dim=code_dim,
+    )
+
+
+def fill(model: nn.Module, state: StateDict, path: Path) -> None:
+    """Puts the tensors into the model, in float32, and names what is missing, unknown or of another shape."""
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if missing or unknown:
+        parts = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise CheckpointError(f"{path}: its keys are not those of the model: {' and '.join(parts)}")
+    for key, shape in expected.items():
+        if state[key].shape != shape:
+            raise CheckpointError(f"{path}: {key} has shape {list(state[key].shape)}, expected {list(shape)}")
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {key} holds values that are not finite")
+    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    model.eval().requires_grad_(False)
+
+
+def load_network(path: Path, heads: int | None = None, encoder_depth: int | None = None) -> Network:
+    """A network from a checkpoint, float32, ready for inference. Raises CheckpointError."""
+    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(UNUSED)}
+    config = network_config(state, path, heads, encoder_depth)
+    with torch.device("meta"):
+        model = Network(config)
+    fill(model, state, path)
+    return model
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """An image tokenizer from a checkpoint, float32, ready for inference. Raises CheckpointError."""
+    state = read_state_dict(path)
+    config = tokenizer_config(state, path)
+    if config.encoder_blocks < 1 or config.decoder_blocks < 1 or any(width % 32 for width in config.channels):
+        raise CheckpointError(f"{path}: not a VQGAN of MaskGIT's kind: widths {list(config.channels)} (expected multiples of 32)")
+    with torch.device("meta"):
+        model = Tokenizer(config)
+    fill(model, state, path)
+    return model
+
+
+def check_match(network: Network, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError where the tokenizer's codes are not the ones that the network predicts."""
+    if network.config.codes != tokenizer.config.codes:
+        raise CheckpointError(
+            f"the network predicts {network.config.codes} codes but the tokenizer has {tokenizer.config.codes}: they do not belong together"
+        )

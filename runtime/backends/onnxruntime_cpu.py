@@ -1,0 +1,73 @@
+"""ONNX Runtime on the CPU. A tensor is a NumPy array."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ...errors import BackendError, InputError
+from ..manifest import Manifest
+
+Array = NDArray[Any]
+
+
+class OnnxRuntimeBackend:
+    """One session a graph, made when the graph is first run."""
+
+    name = "onnxruntime"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None) -> None:
+        if device != "cpu":
+            raise InputError(f"the backend {self.name} runs on the device cpu, got {device!r}")
+        self.device = device
+        self.manifest = manifest
+        self.options = ort.SessionOptions()
+        self.options.intra_op_num_threads = threads or 0
+        # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
+        self.options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.options.log_severity_level = 3
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        self.lock = threading.Lock()
+
+    def session(self, graph: str) -> ort.InferenceSession:
+        with self.lock:
+            if graph not in self.sessions:
+                path = self.manifest.path(f"{graph}.onnx")
+                try:
+                    self.sessions[graph] = ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
+                except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+                    raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
+            return self.sessions[graph]
+
+    def upload(self, array: Array) -> Array:
+        return array
+
+    def download(self, tensor: Array) -> Array:
+        return tensor
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        try:
+            return self.session(graph).run(None, dict(inputs))
+        except (BackendError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error
+
+    def first_rows(self, tensor: Array, rows: int) -> Array:
+        return tensor[:rows]
+
+    def concatenate(self, tensors: Sequence[Array]) -> Array:
+        return np.concatenate(tensors, axis=1)
+
+    def close(self) -> None:
+        with self.lock:
+            self.sessions.clear()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

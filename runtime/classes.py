@@ -1,0 +1,65 @@
+"""Which classes a request means: by number, name, range or `all`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from ..errors import InputError
+from .manifest import ModelInfo
+
+
+def class_index(model: ModelInfo, wanted: int | str) -> int:
+    """The index of one class. A string is a name (case does not count), else a number; `#7` is always number 7.
+
+    Raises InputError for what is unknown or ambiguous.
+    """
+    if isinstance(wanted, str):
+        found = by_name(model, wanted)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(f"class {wanted!r} is ambiguous: numbers {', '.join(map(str, found))} are called so; give the number")
+        digits = wanted.removeprefix("#")
+        if not (digits.isascii() and digits.isdigit()):
+            raise InputError(f"unknown class {wanted!r}{suggestion(model, wanted)}; --list-classes shows them all")
+        wanted = int(digits)
+    if not 0 <= wanted < model.num_classes:
+        raise InputError(f"expected a class of 0 to {model.num_classes - 1}, got {wanted}")
+    return int(wanted)
+
+
+def by_name(model: ModelInfo, wanted: str) -> list[int]:
+    names = [name.casefold() for name in model.class_names or ()]
+    return [i for i, name in enumerate(names) if name == wanted.strip().casefold()]
+
+
+def suggestion(model: ModelInfo, wanted: str) -> str:
+    if not model.class_names:
+        return f": this engine's classes have no names; expected a number of 0 to {model.num_classes - 1}"
+    names = {name.casefold(): name for name in model.class_names}
+    near = difflib.get_close_matches(wanted.casefold(), names, n=3)
+    near += [name for name in names if wanted.casefold() in name and name not in near][:3]
+    return f"; did you mean {', '.join(repr(names[name]) for name in near[:3])}?" if near else ""
+
+
+def parse_classes(model: ModelInfo, wanted: Iterable[str]) -> list[int]:
+    """The classes that the words of a command line name, in their order: `207`, `golden retriever`, `10-19`, `A-F`, `#7`, `all`."""
+    result: list[int] = []
+    for word in wanted:
+        if word.casefold() == "all" and not by_name(model, word):
+            result += range(model.num_classes)
+            continue
+        first, dash, last = word.partition("-")
+        if dash and first and last and not by_name(model, word) and is_class(model, first) and is_class(model, last):
+            start, end = class_index(model, first), class_index(model, last)
+            if start > end:
+                raise InputError(f"expected a range from a lower class to a higher one, got {word!r} ({start} to {end})")
+            result += range(start, end + 1)
+        else:
+            result.append(class_index(model, word))
+    return result
+
+
+def is_class(model: ModelInfo, word: str) -> bool:
+    return bool(by_name(model, word)) or word.removeprefix("#").isdigit()

@@ -1,0 +1,49 @@
+"""What the commands share: errors become one line on stderr and an exit code, `--debug` shows the traceback."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from typing import Any
+
+import click
+
+from ..errors import EnatError
+
+
+class Command(click.Command):
+    """A click command that ends with one line: 2 for wrong input, 1 for work that failed, 130 for Ctrl-C and 143 for SIGTERM."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show a traceback for errors.", expose_value=False))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        debug = "--debug" in (kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
+        # SIGTERM unwinds like Ctrl-C, so that what is half done is cleaned up.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (click.Abort, KeyboardInterrupt):
+            fail("interrupted", 130)
+        except click.ClickException as error:
+            fail(" ".join(error.format_message().split()), 2)
+        except EnatError as error:
+            if debug:
+                raise
+            fail(str(error), error.exit_code)
+        except OSError as error:
+            if debug:
+                raise
+            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+        except MemoryError:
+            if debug:
+                raise
+            fail("not enough memory; a smaller --batch-size needs less", 1)
+
+
+def fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,198 @@
+"""The engine's manifest: read with every check of the contract, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import EngineError
+
+FORMAT = "enat-engine"
+VERSION = 1
+FILE = "manifest.json"
+HASHED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked by size alone unless verification is asked for
+
+REQUIRED_GRAPHS = ("condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes of the network: grid² tokens an image, `codes` entries in the codebook, `num_classes` is the null label."""
+
+    grid: int
+    dim: int
+    heads: int
+    encoder_depth: int
+    decoder_depth: int
+    codes: int
+    num_classes: int
+    image_size: int | None
+    class_names: tuple[str, ...] | None
+
+    @property
+    def length(self) -> int:
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The engine's default sampling settings."""
+
+    steps: int
+    cfg_scale: float
+    mask_temp: float
+    samp_temp: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine directory says of itself. `hash` is the SHA-256 of manifest.json, which holds those of all files."""
+
+    folder: Path
+    model: ModelInfo
+    sampling: Sampling
+    precision: str
+    float_type: str
+    files: dict[str, dict[str, Any]]
+    hash: str
+
+    def path(self, name: str) -> Path:
+        """The path of a file of the engine. Raises EngineError where the engine has no such file."""
+        if name not in self.files:
+            raise EngineError(f"{self.folder}: this engine has no {name}")
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, verify: bool = False) -> Manifest:
+    """Reads and checks an engine directory: format, version, sizes and hashes (of files over 64 MiB only with `verify`).
+
+    Raises EngineError that names the file, what was found and what was expected.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
+        raise EngineError(f"{folder}: not an engine directory: {found}")
+    raw = file.read_bytes()
+    try:
+        data = json.loads(raw)
+    except ValueError as error:
+        raise EngineError(f"{file}: not valid JSON ({error})") from error
+    reader = Reader(file)
+    reader.expect(isinstance(data, dict), "the manifest", data, "an object")
+    if data.get("format") != FORMAT:
+        raise EngineError(f"{file}: format is {data.get('format')!r}, expected {FORMAT!r}")
+    version = reader.integer(data, "version", 1)
+    if version > VERSION:
+        raise EngineError(f"{file}: format version {version} is newer than this program reads (up to {VERSION}); update enat")
+    model = reader.section(data, "model")
+    sampling = reader.section(data, "sampling")
+    files = reader.section(data, "files")
+    manifest = Manifest(
+        folder=folder,
+        model=read_model(reader, model),
+        sampling=Sampling(
+            reader.integer(sampling, "steps", 1),
+            *(reader.number(sampling, name) for name in ("cfg_scale", "mask_temp", "samp_temp")),
+        ),
+        precision=reader.text(data, "precision"),
+        float_type=reader.choice(data, "float_type", ("float32", "float16")),
+        files=files,
+        hash=hashlib.sha256(raw).hexdigest(),
+    )
+    reader.expect(manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}")
+    for name in REQUIRED_GRAPHS:
+        reader.expect(name in files, "files", sorted(files), f"{name} among them")
+    for name, entry in files.items():
+        check_file(reader, folder, name, entry, verify)
+    return manifest
+
+
+def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
+    sizes = {name: reader.integer(model, name, 1) for name in ("grid", "dim", "heads", "encoder_depth", "decoder_depth", "codes", "num_classes")}
+    image_size = None if model.get("image_size") is None else reader.integer(model, "image_size", 1)
+    names = model.get("class_names")
+    if names is not None:
+        valid = isinstance(names, list) and len(names) == sizes["num_classes"] and all(isinstance(n, str) for n in names)
+        found = f"{len(names)} entries" if isinstance(names, list) else names
+        reader.expect(valid, "model.class_names", found, f"{sizes['num_classes']} strings or null")
+    return ModelInfo(**sizes, image_size=image_size, class_names=None if names is None else tuple(names))
+
+
+def check_file(reader: Reader, folder: Path, name: str, entry: object, verify: bool) -> None:
+    """Raises EngineError unless the file lies inside the directory with the size and hash of its entry."""
+    where = f"files[{name!r}]"
+    parts = PurePosixPath(name).parts
+    inside = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
+    reader.expect(inside, where, name, "a path inside the engine directory")
+    reader.expect(isinstance(entry, dict), where, entry, "an object with size and sha256")
+    assert isinstance(entry, dict)
+    size = reader.integer(entry, "size", 0, where)
+    digest = reader.text(entry, "sha256", where)
+    path = folder / name
+    if not path.is_file():
+        raise EngineError(f"{path}: missing; the manifest lists it with {size} bytes")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise EngineError(f"{path}: leads out of the engine directory, to {path.resolve()}")
+    found = path.stat().st_size
+    if found != size:
+        raise EngineError(f"{path}: {found} bytes, expected {size}: the file is truncated or from another engine")
+    if (verify or size <= HASHED_AT_LOAD) and (actual := sha256(path)) != digest:
+        raise EngineError(f"{path}: sha256 {actual[:16]}…, expected {digest[:16]}…: the file was altered or is from another engine")
+
+
+class Reader:
+    """Typed access to parsed JSON; every refusal names the file, the key, what was found and what was expected."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def expect(self, condition: bool, key: str, found: object, expected: str) -> None:
+        if not condition:
+            shown = repr(found)
+            raise EngineError(f"{self.file}: {key} is {shown if len(shown) < 80 else shown[:77] + '…'}, expected {expected}")
+
+    def section(self, data: dict[str, Any], key: str) -> dict[str, Any]:
+        value = data.get(key)
+        self.expect(isinstance(value, dict), key, value, "an object")
+        assert isinstance(value, dict)
+        return value
+
+    def integer(self, data: dict[str, Any], key: str, least: int, where: str = "") -> int:
+        value = data.get(key)
+        self.expect(type(value) is int and value >= least, f"{where} {key}".strip(), value, f"an integer of at least {least}")
+        assert isinstance(value, int)
+        return value
+
+    def number(self, data: dict[str, Any], key: str) -> float:
+        value = data.get(key)
+        self.expect(type(value) in (int, float) and 0 <= value < float("inf"), key, value, "a number of 0 or more")
+        assert isinstance(value, int | float)
+        return float(value)
+
+    def text(self, data: dict[str, Any], key: str, where: str = "") -> str:
+        value = data.get(key)
+        self.expect(isinstance(value, str), f"{where} {key}".strip(), value, "a string")
+        assert isinstance(value, str)
+        return value
+
+    def choice(self, data: dict[str, Any], key: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(data, key)
+        self.expect(value in allowed, key, value, " or ".join(allowed))
+        return value
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's `files` for everything that lies in an engine directory now."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+    return {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}

@@ -1,0 +1,136 @@
+"""Pictures to files: one image or a sheet, in any of the usual formats, with what made them as metadata; and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from ..errors import InputError
+
+Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
+
+IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+METADATA_KEY = "enat"
+EXIF_DESCRIPTION = 0x010E
+
+
+def to_pil(images: Images) -> list[Image.Image]:
+    """uint8 [N, height, width, 3] → N PIL images."""
+    return [Image.fromarray(image) for image in images]
+
+
+def sheet(images: Images, columns: int) -> Image.Image:
+    """A contact sheet, row by row, with a thin white line between the pictures."""
+    count, height, width, _ = images.shape
+    rows, gap = -(-count // columns), 2
+    result = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(to_pil(images)):
+        result.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return result
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes PNG, WebP (lossless) or JPEG by the ending, whole or not at all."""
+    text = json.dumps(metadata)
+    suffix = path.suffix.lower()
+    options: dict[str, Any]
+    if suffix == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(METADATA_KEY, text)
+        options = {"format": "PNG", "pnginfo": info}
+    else:
+        exif = Image.Exif()
+        exif[EXIF_DESCRIPTION] = text
+        options = {"format": "WEBP", "lossless": True} if suffix == ".webp" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+        options["exif"] = exif
+    with whole_file(path) as partial:
+        image.save(partial, **options)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, metadata: dict[str, Any]) -> None:
+    """Writes an animation; the last frame stays longer."""
+    durations = [400] * (len(frames) - 1) + [2000]
+    with whole_file(path) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=json.dumps(metadata).encode()
+        )
+
+
+def save_npz(images: Images, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes `arr_0`, uint8 [N, height, width, 3], as the usual evaluation scripts read it, and the metadata."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, arr_0=images, metadata=np.array(json.dumps(metadata)))
+
+
+def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
+    """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, tokens)
+    with whole_file(metadata_file(path)) as partial:
+        partial.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
+
+
+def metadata_file(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class whole_file:
+    """`with whole_file(path) as partial`: what is written to `partial` appears at `path` at the end, or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
+        os.close(handle)
+        self.partial = Path(name)
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            self.partial.chmod(0o666 & ~umask)
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `enat-run` wrote into a file that it made. Raises InputError where there is nothing of the kind."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = metadata_text(path)
+        metadata = json.loads(text) if text else None
+    except (OSError, ValueError, KeyError, UnidentifiedImageError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from error
+    if not isinstance(metadata, dict) or "images" not in metadata:
+        raise InputError(f"{path}: holds no record of how it was made; expected a file made by enat-run")
+    return metadata
+
+
+def metadata_text(path: Path) -> str | None:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as data:
+            return str(data["metadata"])
+    if path.suffix == ".npy":
+        return metadata_file(path).read_text("utf-8")
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            return image.text.get(METADATA_KEY)  # type: ignore[attr-defined, no-any-return]
+        if image.format == "GIF":
+            return bytes(image.info.get("comment", b"")).decode()
+        return image.getexif().get(EXIF_DESCRIPTION)

@@ -1,0 +1,219 @@
+"""From an engine directory to pictures, in one object."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..errors import EngineError, InputError, Stopped
+from .backends import Backend, Tensor, open_backend
+from .classes import class_index
+from .loop import OnStep, sample
+from .manifest import Manifest, read_manifest
+from .schedule import Step, schedule
+
+Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
+Tokens = NDArray[np.int64]  # [N, grid, grid]
+
+BUNDLED_ENGINE = Path(__file__).parent.parent / "demo" / "engine"
+BATCH_SIZE = 8
+
+
+class Preview:
+    """The pictures of the batch being drawn, as they would be if the run ended after this step. Made only when asked for."""
+
+    def __init__(self, pipeline: Pipeline, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
+        self.pipeline, self.tokens, self.positions, self.masked_positions = pipeline, tokens, positions, masked_positions
+
+    def __call__(self) -> Images:
+        """uint8 [batch, height, width, 3]. Raises EngineError where the engine has no image decoder."""
+        return self.pipeline.decode_tensors(self.tokens, self.positions)
+
+    def masked(self) -> NDArray[np.bool_]:
+        """Which tokens are not revealed yet: [batch, grid, grid]."""
+        positions = self.pipeline.backend.download(self.masked_positions)
+        grid = self.pipeline.manifest.model.grid
+        result = np.zeros((len(positions), grid * grid), bool)
+        np.put_along_axis(result, positions, True, axis=1)
+        return result.reshape(-1, grid, grid)
+
+
+# Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning True stops the run.
+Callback = Callable[[int, int, Preview], bool | None]
+
+
+class Pipeline:
+    """An engine, loaded. One pipeline may be used from several threads at once."""
+
+    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+        self.manifest = manifest
+        self.backend = backend
+
+    @classmethod
+    def load(
+        cls,
+        engine: str | Path | None = None,
+        backend: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> Pipeline:
+        """Loads an engine directory; without one, the engine that comes with the package (letters and digits).
+
+        threads: on the CPU, all cores by default. verify: hash files over 64 MiB too.
+        Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
+        """
+        manifest = read_manifest(BUNDLED_ENGINE if engine is None else Path(engine), verify)
+        return cls(manifest, open_backend(backend, manifest, device, threads))
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def generate(self, classes: Sequence[int | str], **settings: Any) -> Images:
+        """Draws pictures: uint8 [N, height, width, 3], RGB, class by class. Settings as for `generate_tokens`.
+
+        Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
+        stopped the run.
+        """
+        self.require_images()
+        return np.concatenate([self.decode_tensors(tokens, positions) for tokens, positions in self.batches(classes, **settings)])
+
+    def generate_tokens(self, classes: Sequence[int | str], **settings: Any) -> Tokens:
+        """Draws tokens: int64 [N, grid, grid].
+
+        classes: numbers or names. Settings, all optional:
+        num (1): images a class. seed: image i of the request has seed + i (mod 2⁶⁴); or a sequence of seeds, one an image; drawn
+        at random without one. steps: 1 … length. guidance: scale of the classifier-free guidance, 0 for none.
+        mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
+        batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr.
+        """
+        return np.concatenate([self.raster(tokens, positions) for tokens, positions in self.batches(classes, **settings)])
+
+    def schedule(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mask_temperature: float | None = None,
+        sampling_temperature: float | None = None,
+    ) -> list[Step]:
+        """The steps of a run with these settings, the engine's own where None. Raises InputError."""
+        default = self.manifest.sampling
+        return schedule(
+            self.manifest.model.length,
+            default.steps if steps is None else steps,
+            default.cfg_scale if guidance is None else guidance,
+            default.mask_temp if mask_temperature is None else mask_temperature,
+            default.samp_temp if sampling_temperature is None else sampling_temperature,
+        )
+
+    def batches(
+        self,
+        classes: Sequence[int | str],
+        num: int = 1,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        callback: Callback | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draws batch by batch: the backend's (tokens, positions) of each. Arguments are checked before the first is drawn."""
+        steps = self.schedule(**settings)
+        if num < 1:
+            raise InputError(f"expected 1 or more images a class, got {num}")
+        if batch_size < 1:
+            raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
+        labels = [class_index(self.manifest.model, wanted) for wanted in classes for _ in range(num)]
+        if not labels:
+            raise InputError("expected at least one class")
+        seeds = image_seeds(seed, len(labels))
+        return self.draw(labels, seeds, steps, batch_size, callback, progress)
+
+    def draw(
+        self, labels: list[int], seeds: list[int], steps: list[Step], batch_size: int, callback: Callback | None, progress: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        starts = range(0, len(labels), batch_size)
+        total = len(starts) * len(steps)
+        with tqdm(total=total, unit="step", disable=not progress, leave=False) as bar:
+
+            def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
+                bar.update()
+                if callback and callback(bar_start + step.index, total, Preview(self, tokens, positions, masked_positions)):
+                    raise Stopped(f"stopped after step {bar_start + step.index + 1} of {total}")
+
+            hook: OnStep | None = on_step if callback or progress else None
+            for number, start in enumerate(starts):
+                bar_start = number * len(steps)
+                chosen = slice(start, start + batch_size)
+                yield sample(self.backend, self.manifest, labels[chosen], seeds[chosen], steps, hook)
+
+    def require_images(self) -> None:
+        """Raises EngineError where the engine cannot make pictures."""
+        if not self.manifest.has("image_decoder.onnx"):
+            raise EngineError(
+                f"{self.manifest.folder}: this engine has no image decoder and gives tokens only; "
+                "ask for tokens, or export it again with its tokenizer (--vqgan)"
+            )
+
+    def decode_tensors(self, tokens: Tensor, positions: Tensor) -> Images:
+        self.require_images()
+        (images,) = self.backend.run("image_decoder", {"tokens": tokens, "positions": positions})
+        return self.backend.download(images)
+
+    def decode(self, tokens: NDArray[np.integer[Any]]) -> Images:
+        """tokens [N, grid, grid] → pictures, uint8 [N, height, width, 3]."""
+        model = self.manifest.model
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 3 or tokens.shape[1:] != (model.grid, model.grid):
+            raise InputError(f"expected tokens of shape [N, {model.grid}, {model.grid}], got {list(tokens.shape)}")
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < model.codes):
+            raise InputError(f"expected tokens of 0 to {model.codes - 1}, got {tokens.min()} to {tokens.max()}")
+        flat = np.ascontiguousarray(tokens.reshape(len(tokens), -1), np.int64)
+        positions = np.tile(np.arange(model.length, dtype=np.int64), (len(flat), 1))
+        return self.decode_tensors(self.backend.upload(flat), self.backend.upload(positions))
+
+    def encode(self, images: Images) -> Tokens:
+        """pictures, uint8 [N, height, width, 3] → tokens [N, grid, grid]. Raises EngineError without an image encoder."""
+        model = self.manifest.model
+        if not self.manifest.has("image_encoder.onnx"):
+            raise EngineError(f"{self.manifest.folder}: this engine has no image encoder")
+        expected = (model.image_size, model.image_size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise InputError(f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}")
+        (tokens,) = self.backend.run("image_encoder", {"images": self.backend.upload(images)})
+        return self.backend.download(tokens).reshape(-1, model.grid, model.grid)
+
+    def raster(self, tokens: Tensor, positions: Tensor) -> Tokens:
+        grid = self.manifest.model.grid
+        values, where = self.backend.download(tokens), self.backend.download(positions)
+        result = np.empty_like(values)
+        np.put_along_axis(result, where, values, axis=1)
+        return result.reshape(-1, grid, grid)
+
+
+def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed an image, each in [0, 2⁶⁴). Raises InputError."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise InputError(f"expected one seed for each of {count} images, got {len(seed)}")
+        seeds = list(seed)
+    else:
+        first = secrets.randbits(32) if seed is None else seed
+        if not 0 <= first < 2**64:
+            raise InputError(f"expected a seed of 0 to 2**64 - 1, got {first}")
+        seeds = [(first + i) % 2**64 for i in range(count)]
+    if not all(0 <= s < 2**64 for s in seeds):
+        raise InputError("expected seeds of 0 to 2**64 - 1")
+    return seeds

@@ -1,0 +1,63 @@
+"""The sampling schedule: how many tokens each step reveals, and at which guidance and temperatures. Chang et al., "MaskGIT", 2022."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop: `masked` tokens enter it, `keep` stay masked after it; `new` were revealed by the step before, `seen` earlier."""
+
+    index: int
+    seen: int
+    new: int
+    masked: int
+    keep: int
+    guidance: float
+    sampling_temperature: float
+    mask_temperature: float
+
+    @property
+    def visible(self) -> int:
+        return self.seen + self.new
+
+    @property
+    def last(self) -> bool:
+        return self.keep == 0
+
+
+def kept(length: int, steps: int, index: int) -> int:
+    """How many of `length` tokens stay masked after step `index` (from 0) of `steps`: floor(length · cos(r·π/2)), 0 after the last."""
+    if index + 1 == steps:
+        return 0
+    return math.floor(length * math.cos((index + 1) / steps * math.pi / 2))
+
+
+def schedule(length: int, steps: int, cfg_scale: float, mask_temp: float, samp_temp: float) -> list[Step]:
+    """The steps of a run over `length` tokens; ends when nothing is masked, which with very many steps comes before `steps`.
+
+    cfg_scale: guidance at the end; it rises linearly from 0. mask_temp, samp_temp: temperatures at the start; they fall linearly.
+    Raises InputError where a setting is out of its range.
+    """
+    if not 1 <= steps <= length:
+        raise InputError(f"expected 1 to {length} steps, got {steps}")
+    for name, value in (("guidance", cfg_scale), ("mask temperature", mask_temp), ("sampling temperature", samp_temp)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"expected a {name} of 0 or more, got {value}")
+    result: list[Step] = []
+    masked, new = length, 0
+    for index in range(steps):
+        remaining = 1 - (index + 1) / steps
+        keep = kept(length, steps, index)
+        seen = length - masked - new
+        result.append(
+            Step(index, seen, new, masked, keep, cfg_scale * index / steps, max(samp_temp * remaining, 1e-3), mask_temp * remaining)
+        )
+        masked, new = keep, masked - keep
+        if masked == 0:
+            break
+    return result
