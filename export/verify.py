@@ -15,7 +15,7 @@ from ..errors import ExportError
 from ..models.network import NetworkConfig
 
 FLOAT_TOLERANCE = 1e-4  # of the largest value that PyTorch gives, or of 1
-UINT8_SHARE = 1e-3  # of pixels that may be rounded the other way
+UINT8_SHARE = 1e-2  # of pixels that may be rounded the other way
 TOKEN_SHARE = 1e-3  # of tokens that may differ, where two codes are equally near
 
 

@@ -1,0 +1,56 @@
+"""Checkpoints of the published sizes with random weights: for measuring speed, memory and export where the real ones are not at hand.
+
+    python -m benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB) and vqgan.ckpt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor, nn
+
+from enat.models.network import Network, NetworkConfig
+from enat.models.tokenizer import Tokenizer, TokenizerConfig
+
+ENAT_L_256 = NetworkConfig(grid=16, dim=1024, heads=16, encoder_depth=22, decoder_depth=2, codes=1024, num_classes=1000)
+VQGAN_F16 = TokenizerConfig(channels=(128, 128, 256, 256, 512), encoder_blocks=2, decoder_blocks=2, codes=1024, code_dim=256)
+
+
+def random_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of about the scale of trained ones, in the published names."""
+    rng = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.dim() > 1:
+            fan_in = value[0].numel()
+            state[name] = torch.randn(value.shape, generator=rng) * fan_in**-0.5
+        else:
+            is_scale = name.endswith("weight")
+            state[name] = torch.full(value.shape, float(is_scale)) + 0.02 * torch.randn(value.shape, generator=rng)
+    return state
+
+
+def write_checkpoints(folder: Path, network: NetworkConfig = ENAT_L_256, tokenizer: TokenizerConfig = VQGAN_F16) -> tuple[Path, Path]:
+    """Writes nnet_ema.pth and vqgan.ckpt, if they are not there yet. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "nnet_ema.pth", folder / "vqgan.ckpt"
+    with torch.device("meta"):
+        models = Network(network), Tokenizer(tokenizer)
+    for path, model in zip(paths, models, strict=True):
+        if not path.exists():
+            torch.save(random_state(model), path)
+    return paths
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(out: Path) -> None:
+    """Write random checkpoints of the published sizes."""
+    for path in write_checkpoints(out):
+        click.echo(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What a request's pictures are written as: one file of any kind, or a folder that an interrupted run goes on filling."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from .pictures import (
+    IMAGE_SUFFIXES,
+    METADATA_KEY,
+    Images,
+    save_gif,
+    save_image,
+    save_npz,
+    save_tokens,
+    sheet,
+    to_pil,
+    whole_file,
+)
+from .pipeline import Pipeline, Preview
+
+RUN_RECORD = "run.json"
+HIDDEN = np.array([128, 128, 128], np.uint8)  # the colour of tokens that are not revealed yet
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to draw: a label and a seed each, and the settings of the loop that they share."""
+
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    mask_temperature: float
+    sampling_temperature: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("labels", "seeds")}
+
+    def only(self, indices: Sequence[int]) -> Request:
+        return Request(tuple(self.labels[i] for i in indices), tuple(self.seeds[i] for i in indices), **self.settings)
+
+    def metadata(self, pipeline: Pipeline, columns: int | None = None) -> dict[str, Any]:
+        """What is written into a file so that the request can be made again."""
+        names = pipeline.manifest.model.class_names
+        images = [
+            {"class": label, **({"name": names[label]} if names else {}), "seed": seed}
+            for label, seed in zip(self.labels, self.seeds, strict=True)
+        ]
+        return {"producer": METADATA_KEY, "engine": pipeline.manifest.hash, "images": images, "settings": self.settings, "columns": columns}
+
+
+def request_of(metadata: dict[str, Any]) -> Request:
+    """The request that a file's metadata describe. Raises InputError where they are not complete."""
+    try:
+        images = metadata["images"]
+        return Request(tuple(int(image["class"]) for image in images), tuple(int(image["seed"]) for image in images), **metadata["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
+
+
+def draw_images(pipeline: Pipeline, request: Request, **drawing: Any) -> Images:
+    return pipeline.generate(request.labels, seed=request.seeds, **request.settings, **drawing)
+
+
+def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | None, **drawing: Any) -> None:
+    """Draws a request into one file, by its ending: a picture or (with `columns`) a sheet, an animation, `.npz` or tokens as `.npy`."""
+    suffix = out.suffix.lower()
+    metadata = request.metadata(pipeline, columns)
+    if suffix == ".npy":
+        save_tokens(pipeline.generate_tokens(request.labels, seed=request.seeds, **request.settings, **drawing), out, metadata)
+    elif suffix == ".npz":
+        save_npz(draw_images(pipeline, request, **drawing), out, metadata)
+    elif suffix == ".gif":
+        save_gif([sheet(frame, columns or 1) for frame in draw_frames(pipeline, request, **drawing)], out, metadata)
+    else:
+        save_image(sheet(draw_images(pipeline, request, **drawing), columns or 1), out, metadata)
+
+
+def check_file(request: Request, out: Path, grid: bool) -> int | None:
+    """How many columns the file `out` needs for a request (None: it is no sheet). Raises InputError where they do not fit."""
+    suffix = out.suffix.lower()
+    if suffix in (".npz", ".npy"):
+        if grid:
+            raise InputError(f"{out}: --grid makes a picture; expected a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif")
+        return None
+    count = len(request.labels)
+    if not grid:
+        if count > 1:
+            raise InputError(f"{out}: {count} pictures do not fit into one file; --grid makes a sheet of them, or name a folder")
+        return None
+    # One row a class where every class has as many images; else about square.
+    classes = len(dict.fromkeys(request.labels))
+    each = count // classes
+    rows = [request.labels[i * each : (i + 1) * each] for i in range(classes)]
+    if classes > 1 and count % classes == 0 and all(len(set(row)) == 1 for row in rows) and each > 1:
+        return each
+    return math.ceil(math.sqrt(count)) if count > 8 else count
+
+
+def draw_frames(pipeline: Pipeline, request: Request, **drawing: Any) -> list[Images]:
+    """The pictures after every step, tokens that are not revealed yet in grey."""
+    steps = len(pipeline.schedule(**request.settings))
+    frames: list[list[Images]] = [[] for _ in range(steps)]
+
+    def keep(step: int, total: int, preview: Preview) -> None:
+        images, masked = preview(), preview.masked()
+        cell = images.shape[1] // masked.shape[1]
+        hidden = masked.repeat(cell, 1).repeat(cell, 2)
+        frames[step % steps].append(np.where(hidden[..., None], HIDDEN, images))
+
+    pipeline.generate_tokens(request.labels, seed=request.seeds, callback=keep, **request.settings, **drawing)
+    return [np.concatenate(frame) for frame in frames]
+
+
+def file_name(pipeline: Pipeline, request: Request, index: int, suffix: str) -> str:
+    names = pipeline.manifest.model.class_names
+    label = request.labels[index]
+    name = re.sub(r"[^\w]+", "_", names[label]).strip("_") if names else ""
+    return f"{index:06d}-{label}{'-' + name if name else ''}-{request.seeds[index]}{suffix}"
+
+
+def open_folder(out: Path, request: Request, pipeline: Pipeline, resume: bool, force: bool) -> None:
+    """Makes the folder of a run and its record, or checks that the run that began there is this one. Raises InputError."""
+    record = out / RUN_RECORD
+    mine = request.metadata(pipeline)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        if not resume:
+            raise InputError(f"{out}: exists and is not empty; --resume goes on with the run that began there, --force writes into it")
+        if not record.is_file():
+            raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
+        theirs = read_record(out)
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise InputError(f"{out}: the run that began there has other {key}; expected the same classes, seed, settings and engine")
+    with whole_file(record) as partial:
+        partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """The record of the run that began in a folder. Raises InputError where there is none."""
+    try:
+        record = json.loads((out / RUN_RECORD).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}: no run to go on with: {RUN_RECORD} is missing or damaged") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{out}: no run to go on with: {RUN_RECORD} is damaged")
+    return record
+
+
+def write_folder(
+    pipeline: Pipeline, request: Request, out: Path, suffix: str, batch_size: int, resume: bool, on_written: Callable[[Path], None]
+) -> list[Path]:
+    """Draws a request into a folder, a file an image, each written as soon as its batch is done. Returns all paths.
+
+    With `resume` files that are there already are left as they are; files appear whole or not at all.
+    """
+    paths = [out / file_name(pipeline, request, i, suffix) for i in range(len(request.labels))]
+    missing = [i for i, path in enumerate(paths) if not (resume and path.exists())]
+    for i in set(range(len(paths))) - set(missing):
+        on_written(paths[i])
+    for start in range(0, len(missing), batch_size):
+        chosen = missing[start : start + batch_size]
+        batch = request.only(chosen)
+        if suffix == ".gif":
+            animation = [to_pil(frame) for frame in draw_frames(pipeline, batch, batch_size=batch_size)]
+        elif suffix == ".npy":
+            tokens = pipeline.generate_tokens(batch.labels, seed=batch.seeds, batch_size=batch_size, **batch.settings)
+        else:
+            images: list[Image.Image] = to_pil(draw_images(pipeline, batch, batch_size=batch_size))
+        for number, i in enumerate(chosen):
+            metadata = request.only([i]).metadata(pipeline)
+            if suffix == ".gif":
+                save_gif([frame[number] for frame in animation], paths[i], metadata)
+            elif suffix == ".npy":
+                save_tokens(tokens[number : number + 1], paths[i], metadata)
+            else:
+                save_image(images[number], paths[i], metadata)
+            on_written(paths[i])
+    return paths

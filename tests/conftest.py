@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A reference case: a small network, and what the reference implementation computed with it."""
+
+    folder: Path
+    case: dict[str, Any]
+
+    @property
+    def ckpt(self) -> Path:
+        return self.folder / "nnet_ema.pth"
+
+    @property
+    def vqgan(self) -> Path:
+        return self.folder / "vqgan.ckpt"
+
+    def load(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / f"{name}.npz") as data:
+            return {key: data[key].astype(np.int64) if data[key].dtype == np.int16 else data[key] for key in data.files}
+
+    @property
+    def split(self) -> dict[str, int]:
+        return {"heads": self.case["heads"], "encoder_depth": self.case["encoder_depth"]}
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        return {name: self.case[name] for name in ("steps", "cfg_scale", "mask_temp", "samp_temp")}
+
+
+def read_golden(name: str) -> Golden:
+    return Golden(DATA / name, json.loads((DATA / name / "case.json").read_text()))
+
+
+@pytest.fixture(scope="session", params=["tiny", "odd"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return read_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The golden cases as engines, each exported once."""
+    made: dict[str, Path] = {}
+
+    def engine(name: str) -> Path:
+        if name not in made:
+            from enat.export.engine import export_engine
+
+            case = read_golden(name)
+            made[name] = tmp_path_factory.mktemp("engines") / name
+            export_engine(case.ckpt, made[name], vqgan=case.vqgan, sampling=case.sampling, **case.split)
+        return made[name]
+
+    return engine
+
+
+@pytest.fixture
+def engine_copy(engines: Callable[[str], Path], tmp_path: Path) -> Path:
+    """An engine to damage."""
+    return Path(shutil.copytree(engines("tiny"), tmp_path / "engine"))

@@ -1,0 +1,130 @@
+"""Engines that are incomplete, altered, foreign or too new are refused, with a line that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enat import EnatError
+from enat.errors import EngineError
+from enat.runtime.manifest import read_manifest
+
+
+def change(engine: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    data = json.loads((engine / "manifest.json").read_text())
+    edit(data)
+    (engine / "manifest.json").write_text(json.dumps(data))
+
+
+def test_a_whole_engine(engine_copy: Path) -> None:
+    manifest = read_manifest(engine_copy, verify=True)
+    assert manifest.model.length == 64
+    assert set(manifest.files) == {
+        "condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx", "image_decoder.onnx", "image_encoder.onnx"
+    }  # fmt: skip
+    change(engine_copy, lambda data: data.update(something_new={"a": 1}))
+    assert read_manifest(engine_copy).model == manifest.model
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.update(format="other"), "format is 'other'"),
+        (lambda data: data.update(version=2), "newer"),
+        (lambda data: data.update(version="1"), "version is '1'"),
+        (lambda data: data.pop("model"), "model is None"),
+        (lambda data: data["model"].update(grid=0), "grid is 0"),
+        (lambda data: data["model"].update(codes=True), "codes is True"),
+        (lambda data: data["model"].update(class_names=["a"]), "class_names"),
+        (lambda data: data["sampling"].update(steps=65), "steps is 65"),
+        (lambda data: data["sampling"].update(cfg_scale=-1), "cfg_scale is -1"),
+        (lambda data: data.update(float_type="bfloat16"), "float_type"),
+        (lambda data: data["files"].pop("sampler.onnx"), "sampler.onnx"),
+        (lambda data: data["files"]["sampler.onnx"].update(size=1), "expected 1"),
+        (lambda data: data["files"]["sampler.onnx"].update(sha256="0" * 64), "altered"),
+        (lambda data: data["files"].update({"../outside": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"/etc/passwd": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"a/../../b": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update(gone={"size": 1, "sha256": ""}), "missing"),
+    ],
+)
+def test_refusals(engine_copy: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
+    change(engine_copy, edit)
+    with pytest.raises(EngineError, match=message) as caught:
+        read_manifest(engine_copy)
+    assert str(engine_copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_altered_truncated_and_foreign_files(engine_copy: Path, engines: Callable[[str], Path]) -> None:
+    graph = engine_copy / "decoder.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-1])
+    with pytest.raises(EngineError, match=r"decoder\.onnx.*truncated"):
+        read_manifest(engine_copy)
+    graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(EngineError, match=r"decoder\.onnx.*altered"):
+        read_manifest(engine_copy)
+    graph.write_bytes((engines("odd") / "decoder.onnx").read_bytes())
+    with pytest.raises(EngineError, match=r"decoder\.onnx"):
+        read_manifest(engine_copy)
+    graph.unlink()
+    with pytest.raises(EngineError, match=r"decoder\.onnx: missing"):
+        read_manifest(engine_copy)
+
+
+def test_a_link_out_of_the_engine(engine_copy: Path, tmp_path: Path) -> None:
+    graph = engine_copy / "decoder.onnx"
+    graph.rename(tmp_path / "elsewhere.onnx")
+    graph.symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(EngineError, match="leads out"):
+        read_manifest(engine_copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "enat-engine"}', "\x00"])
+def test_a_manifest_that_is_none(engine_copy: Path, text: str) -> None:
+    (engine_copy / "manifest.json").write_text(text)
+    with pytest.raises(EngineError, match=r"manifest\.json"):
+        read_manifest(engine_copy)
+
+
+def test_not_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no such directory"):
+        read_manifest(tmp_path / "none")
+    with pytest.raises(EngineError, match=r"no manifest\.json"):
+        read_manifest(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataObject) -> None:
+    """Whatever stands at any place of the manifest: an engine that can be read, or one clear error."""
+    file = engine_copy / "manifest.json"
+    original = file.read_text()
+    manifest = json.loads(original)
+    section = manifest
+    key = data.draw(st.sampled_from(sorted(section)))
+    while isinstance(section[key], dict) and data.draw(st.booleans()):
+        section = section[key]
+        key = data.draw(st.sampled_from(sorted(section)))
+    section[key] = data.draw(json_values)
+    file.write_text(json.dumps(manifest))
+    try:
+        read_manifest(engine_copy)
+    except EnatError as error:
+        assert "\n" not in str(error)
+    finally:
+        file.write_text(original)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from enat import EnatError, Pipeline, Stopped, to_pil
+from enat.errors import EngineError, InputError
+from enat.runtime.pipeline import Preview
+
+
+@pytest.fixture(scope="module")
+def pipe(engines: Callable[[str], Path]) -> Iterator[Pipeline]:
+    with Pipeline.load(engines("tiny")) as pipeline:
+        yield pipeline
+
+
+def test_pictures(pipe: Pipeline) -> None:
+    images = pipe.generate([7, 3], seed=0)
+    assert images.shape == (2, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert [image.size for image in to_pil(images)] == [(32, 32)] * 2
+    assert isinstance(to_pil(images)[0], Image.Image)
+    assert np.array_equal(images, pipe.decode(pipe.generate_tokens([7, 3], seed=0)))
+
+
+requests = st.tuples(
+    st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 2**64 - 1), st.integers(1, 64), st.sampled_from([0.0, 2.5]), st.integers(1, 4)
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(requests)
+def test_the_batch_does_not_matter(pipe: Pipeline, request: tuple[list[int], int, int, float, int]) -> None:
+    classes, seed, steps, guidance, batch_size = request
+    together = pipe.generate_tokens(classes, seed=seed, steps=steps, guidance=guidance, batch_size=8)
+    assert np.array_equal(together, pipe.generate_tokens(classes, seed=seed, steps=steps, guidance=guidance, batch_size=batch_size))
+    last = len(classes) - 1
+    alone = pipe.generate_tokens([classes[last]], seed=(seed + last) % 2**64, steps=steps, guidance=guidance)
+    assert np.array_equal(together[last], alone[0])
+    assert together.min() >= 0
+    assert together.max() < pipe.manifest.model.codes
+
+
+def test_settings_change_the_picture(pipe: Pipeline) -> None:
+    base = pipe.generate_tokens([1], seed=0)
+    for changed in ({"seed": 1}, {"steps": 9}, {"guidance": 0}, {"mask_temperature": 0.1}, {"sampling_temperature": 0.1}):
+        assert not np.array_equal(base, pipe.generate_tokens([1], **{"seed": 0, **changed})), changed
+
+
+def test_images_are_numbered_class_by_class(pipe: Pipeline) -> None:
+    images = pipe.generate([4, 2], num=2, seed=10)
+    assert np.array_equal(images, pipe.generate([4, 4, 2, 2], seed=[10, 11, 12, 13]))
+
+
+class Recorder:
+    """A backend that counts what the loop asks of the real one."""
+
+    def __init__(self, backend: object) -> None:
+        self.backend = backend
+        self.calls: list[tuple[str, dict[str, tuple[int, ...]]]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.backend, name)
+
+    def run(self, graph: str, inputs: dict[str, np.ndarray]) -> object:
+        self.calls.append((graph, {name: value.shape for name, value in inputs.items()}))
+        return self.backend.run(graph, inputs)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_what_the_graphs_are_given(pipe: Pipeline, guidance: float) -> None:
+    """No unconditional rows at the first step, none at all without guidance; the encoder sees new tokens only."""
+    recorder = Recorder(pipe.backend)
+    steps = pipe.schedule(8, guidance)
+    Pipeline(pipe.manifest, recorder).generate_tokens([1, 2, 3], seed=0, steps=8, guidance=guidance)  # type: ignore[arg-type]
+    rows = 6 if guidance else 3
+    decoder = [inputs for graph, inputs in recorder.calls if graph == "decoder"]
+    encoder = [inputs for graph, inputs in recorder.calls if graph == "encoder"]
+    assert len(encoder) == 7
+    assert decoder[0]["features"] == (3, 0, 48)
+    assert decoder[0]["decoder_modulation"][0] == 3
+    for step, inputs in zip(steps[1:], encoder, strict=True):
+        assert inputs["tokens"] == (3, step.new)
+        assert inputs["features"] == (rows, step.seen, 48)
+    for step, inputs in zip(steps[1:], decoder[1:], strict=True):
+        assert inputs["positions"] == (3, step.masked)
+        assert inputs["features"] == (rows, step.visible, 48)
+
+
+def test_callback(pipe: Pipeline) -> None:
+    seen = []
+
+    def watch(step: int, total: int, preview: Preview) -> None:
+        seen.append((step, total, preview(), preview.masked()))
+
+    images = pipe.generate([1, 2, 3], seed=0, steps=4, batch_size=2, callback=watch)
+    assert [(step, total) for step, total, *_ in seen] == [(i, 8) for i in range(8)]
+    masked = [int(masked[0].sum()) for *_, masked in seen]
+    assert masked == [step.keep for step in pipe.schedule(4)] * 2
+    assert np.array_equal(seen[3][2], images[:2])  # the last preview of a batch is the picture
+    assert np.array_equal(seen[7][2], images[2:])
+
+
+def test_a_callback_may_stop_the_run(pipe: Pipeline) -> None:
+    steps = []
+    with pytest.raises(Stopped, match="stopped after step 3 of 8"):
+        pipe.generate([1], seed=0, callback=lambda step, total, preview: steps.append(step) or step == 2)
+    assert steps == [0, 1, 2]
+
+
+def test_threads_share_a_pipeline(pipe: Pipeline) -> None:
+    expected = [pipe.generate([i], seed=i) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: pipe.generate([i], seed=i), range(8)))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_encode_and_decode(pipe: Pipeline) -> None:
+    images = pipe.generate([1, 2], seed=3)
+    tokens = pipe.encode(images)
+    assert tokens.shape == (2, 8, 8)
+    assert pipe.decode(tokens).shape == images.shape
+    with pytest.raises(InputError, match="expected uint8 images"):
+        pipe.encode(images[:, :16])
+    with pytest.raises(InputError, match="expected tokens of 0 to 255"):
+        pipe.decode(tokens + 256)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": []}, "at least one class"),
+        ({"classes": [10]}, "0 to 9, got 10"),
+        ({"classes": ["cat"]}, "unknown class 'cat'"),
+        ({"classes": [1], "num": 0}, "1 or more images"),
+        ({"classes": [1], "seed": -1}, "seed of 0 to"),
+        ({"classes": [1], "seed": 2**64}, "seed of 0 to"),
+        ({"classes": [1, 2], "seed": [1]}, "one seed for each of 2"),
+        ({"classes": [1], "steps": 65}, "1 to 64 steps, got 65"),
+        ({"classes": [1], "batch_size": 0}, "batch size"),
+        ({"classes": [1], "guidance": float("nan")}, "guidance"),
+    ],
+)
+def test_arguments_out_of_range(pipe: Pipeline, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipe.generate(**arguments)
+
+
+def test_an_unknown_backend_or_device(engines: Callable[[str], Path]) -> None:
+    with pytest.raises(EnatError, match="expected auto or one of onnxruntime"):
+        Pipeline.load(engines("tiny"), backend="none")
+    with pytest.raises(EnatError, match="device cpu, got 'cuda:0'"):
+        Pipeline.load(engines("tiny"), device="cuda:0")
+    with pytest.raises(EnatError, match="1 or more threads"):
+        Pipeline.load(engines("tiny"), threads=0)
+
+
+def test_an_engine_without_images(engine_copy: Path) -> None:
+    import json
+
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    for name in ("image_decoder.onnx", "image_encoder.onnx"):
+        (engine_copy / name).unlink()
+        manifest["files"].pop(name)
+    (engine_copy / "manifest.json").write_text(json.dumps(manifest))
+    pipeline = Pipeline.load(engine_copy)
+    assert pipeline.generate_tokens([1], seed=0).shape == (1, 8, 8)
+    with pytest.raises(EngineError, match="no image decoder"):
+        pipeline.generate([1], seed=0)
+
+
+def test_the_runtime_never_imports_pytorch(engines: Callable[[str], Path]) -> None:
+    """Not even where it is installed; and importing enat alone loads nothing heavy."""
+    code = (
+        "import sys, enat; assert not {'numpy', 'onnxruntime', 'PIL'} & set(sys.modules), 'import enat is heavy';"
+        f"enat.Pipeline.load({str(engines('tiny'))!r}).generate([1], seed=0); import enat.runtime.cli;"
+        "assert not {'torch', 'onnx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
