@@ -1,6 +1,6 @@
 """Checkpoints of the published sizes with random weights: for measuring speed, memory and export where the real ones are not at hand.
 
-    python -m benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB) and vqgan.ckpt
+python -m benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB) and vqgan.ckpt
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ def run_block(block: Block, x: Tensor, context: Tensor | None, condition: Tensor
     return x + gate_mlp.unsqueeze(1) * block.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
-def run_network(network: Network, ids: Tensor, new: Tensor, seen: Tensor, features: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def run_network(
+    network: Network, ids: Tensor, new: Tensor, seen: Tensor, features: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """One step for one branch.
 
     ids [B, L] with codes for [MASK]; new, seen: positions of the tokens revealed by the last step and before it [B, ·]; features

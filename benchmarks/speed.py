@@ -1,6 +1,6 @@
 """The runtime against the reference, in one run on one machine: alternating, medians. Network and sampling only, no image decoding.
 
-    python -m benchmarks.speed --ckpt work/l/nnet_ema.pth --engine work/l/engine --batch 1 --batch 4
+python -m benchmarks.speed --ckpt work/l/nnet_ema.pth --engine work/l/engine --batch 1 --batch 4
 """
 
 from __future__ import annotations

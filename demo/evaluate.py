@@ -1,6 +1,6 @@
 """How good the demo's pictures are: recognised, varied, and not remembered. Needs PyTorch for the classifier, and no font.
 
-    python -m enat.demo.evaluate --num 100
+python -m enat.demo.evaluate --num 100
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main(engine: Path | None, num: int, seed: int, as_json: bool, **settings: An
         return
     generated, real, distance = figures["generated"], figures["real"], figures["nearest_training_picture"]
     click.echo(f"{figures['pictures']} pictures drawn, {num} a class; real ones in fonts that nothing was trained on")
-    click.echo(f"recognised                 {generated['accuracy']:.1%} ± {generated['interval']:.1%}   real {real['accuracy']:.1%} ± {real['interval']:.1%}")
+    share = {name: f"{one['accuracy']:.1%} ± {one['interval']:.1%}" for name, one in (("generated", generated), ("real", real))}
+    click.echo(f"recognised                 {share['generated']}   real {share['real']}")
     click.echo(f"  with O/0 and I/1 merged  {generated['merged']:.1%}   real {real['merged']:.1%}")
     least = figures["spread"]
     click.echo(f"spread within a class      {least['mean']:.2f} of the real ones' (least: {least['least']:.2f}, {least['least_class']})")

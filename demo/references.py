@@ -26,7 +26,7 @@ MEASURED = 500  # pictures a class whose statistics are kept
 @click.command()
 @click.option("--fonts", type=click.Path(exists=True, path_type=Path), required=True, help="Folder made by enat.demo.fonts.")
 @click.option("--classifier", "checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--pictures", default=2500, show_default=True, help="Training pictures a class, as the network was trained on.")
+@click.option("--pictures", default=1500, show_default=True, help="Training pictures a class, as the network was trained on.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(fonts: Path, checkpoint: Path, pictures: int, out: Path) -> None:
     """Write the reference pictures and features."""

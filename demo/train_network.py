@@ -1,6 +1,6 @@
 """Trains the demo's network the paper's way, on the tokens of rendered letters.
 
-    python -m enat.demo.train_network --fonts work/fonts --tokenizer work/tokenizer/vqgan.ckpt --out work/network
+python -m enat.demo.train_network --fonts work/fonts --tokenizer work/tokenizer/vqgan.ckpt --out work/network
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def encode_pictures(tokenizer: Tokenizer, pictures: np.ndarray, device: torch.de
     tokens = []
     for start in tqdm(range(0, len(pictures), 256), desc="encoding", mininterval=2):
         images = torch.from_numpy(pictures[start : start + 256]).to(device).permute(0, 3, 1, 2).contiguous().float().div(255)
-        tokens.append(tokenizer.encode(images).short().cpu())
+        with autocast(device):
+            z = tokenizer.encoder(images)
+        tokens.append(tokenizer.quantize.nearest(z.float()).short().cpu())
     return torch.cat(tokens)
 
 
@@ -89,14 +91,24 @@ def training_loss(network: Network, ema: Network, tokens: Tensor, labels: Tensor
 @click.option("--fonts", type=click.Path(exists=True, path_type=Path), required=True, help="Folder made by enat.demo.fonts.")
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True, help="vqgan.ckpt of enat.demo.train_tokenizer.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on where it stopped.")
-@click.option("--pictures", default=2500, show_default=True, help="Training pictures a class.")
-@click.option("--steps", default=6000, show_default=True)
-@click.option("--batch-size", default=128, show_default=True)
+@click.option("--pictures", default=1500, show_default=True, help="Training pictures a class.")
+@click.option("--steps", default=5000, show_default=True)
+@click.option("--batch-size", default=64, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--ema", "ema_decay", default=0.9999, show_default=True, help="Largest decay of the averaged weights; short runs average less.")
+@click.option(
+    "--ema", "ema_decay", default=0.9999, show_default=True, help="Largest decay of the averaged weights; short runs average less."
+)
 @click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
 def main(
-    fonts: Path, tokenizer: Path, out: Path, pictures: int, steps: int, batch_size: int, learning_rate: float, ema_decay: float, device: str | None
+    fonts: Path,
+    tokenizer: Path,
+    out: Path,
+    pictures: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    ema_decay: float,
+    device: str | None,
 ) -> None:
     """Train the demo's network."""
     where = pick_device(device)

@@ -47,7 +47,11 @@ class MovingCodebook:
             counts = torch.bincount(chosen, minlength=len(codes)).float()
             sums = torch.zeros_like(codes).index_add_(0, chosen, features)
             empty = counts == 0
-            codes = torch.where(empty[:, None], features[torch.randint(len(features), (len(codes),), device=features.device)], sums / counts.clamp(min=1)[:, None])
+            codes = torch.where(
+                empty[:, None],
+                features[torch.randint(len(features), (len(codes),), device=features.device)],
+                sums / counts.clamp(min=1)[:, None],
+            )
         self.embedding.copy_(codes)
         self.sums.copy_(codes)
         self.counts.fill_(1)
@@ -102,8 +106,8 @@ def picture_loss(decoded: Tensor, images: Tensor) -> Tensor:
 @click.command()
 @click.option("--fonts", type=click.Path(exists=True, path_type=Path), required=True, help="Folder made by enat.demo.fonts.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on where it stopped.")
-@click.option("--pictures", default=2000, show_default=True, help="Training pictures a class.")
-@click.option("--steps", default=4200, show_default=True)
+@click.option("--pictures", default=1500, show_default=True, help="Training pictures a class.")
+@click.option("--steps", default=3300, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
 def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, device: str | None) -> None:

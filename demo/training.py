@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ class Run:
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}
         torch.save(state, self.folder / "state.pt.part")
-        os.replace(self.folder / "state.pt.part", self.folder / "state.pt")
+        (self.folder / "state.pt.part").replace(self.folder / "state.pt")
         self.saved = time.monotonic()
 
     def finish_step(self, **losses: torch.Tensor) -> None:
@@ -62,7 +61,9 @@ class Run:
             now = time.monotonic()
             row = {name: round(total / self.log_every, 5) for name, total in self.sums.items()}
             rate = self.log_every / (now - self.logged)
-            print(f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()) + f"  {rate:.2f} steps/s", flush=True)
+            print(
+                f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()) + f"  {rate:.2f} steps/s", flush=True
+            )
             log = self.folder / "log.csv"
             new = not log.exists()
             with log.open("a", newline="") as file:

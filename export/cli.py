@@ -16,7 +16,9 @@ from ..runtime.command import Command
 @click.option("--ckpt", type=click.Path(path_type=Path), required=True, help="The network: .pth, .ckpt or .safetensors.")
 @click.option("--vqgan", type=click.Path(path_type=Path), help="The image tokenizer; without it the engine gives tokens only.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The engine directory to write.")
-@click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Split, sampling defaults and class names of a published model.")
+@click.option(
+    "--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Split, sampling defaults and class names of a published model."
+)
 @click.option("--heads", type=int, help="Attention heads; default: the preset's, or head_dim 64.")
 @click.option("--encoder-depth", type=int, help="Blocks that encode; default: the preset's, or all but the last 2.")
 @click.option("--steps", type=int, help="Default number of sampling steps of the engine.")
@@ -43,7 +45,9 @@ def main(
     try:
         from .engine import export_engine
     except ImportError as error:
-        raise click.ClickException(f"exporting needs PyTorch and ONNX ({error}); install them with: pip install 'enat[export,cpu]'") from error
+        raise click.ClickException(
+            f"exporting needs PyTorch and ONNX ({error}); install them with: pip install 'enat[export,cpu]'"
+        ) from error
     names = class_names.read_text("utf-8").splitlines() if class_names else None
     export_engine(
         ckpt,

@@ -16,7 +16,7 @@ def condition_graph(encoder_table: Tensor, decoder_table: Tensor) -> ir.Model:
     tables, nodes, outputs = [], [], []
     for name, table in (("encoder_modulation", encoder_table), ("decoder_modulation", decoder_table)):
         tensor = ir.tensor(table, name=f"{name}_table")
-        stored = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        stored = ir.Value(name=tensor.name, shape=ir.Shape(table.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         output = ir.Value(name=name, shape=ir.Shape(["rows", *table.shape[1:]]), type=ir.TensorType(tensor.dtype))
         nodes.append(ir.Node("", "Gather", [stored, labels], outputs=[output]))
         tables.append(stored)
@@ -106,4 +106,3 @@ def reference_sampler(
     order = confidence.argsort(1, descending=True)
     revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
     return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)
-

@@ -62,8 +62,7 @@ def strip(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-    for value in ir.traversal.RecursiveGraphIterator(model.graph):
-        for output in value.outputs:
+        for output in node.outputs:
             output.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()

@@ -49,7 +49,9 @@ def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]],
             error, limit = difference(value, wanted.numpy())
             if not error <= limit:
                 shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
-                raise ExportError(f"{path.name}: {output.name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes})")
+                raise ExportError(
+                    f"{path.name}: {output.name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes})"
+                )
             worst = max(worst, error)
         count += 1
     return Check(path.stem, count, worst)
@@ -86,7 +88,9 @@ def condition_cases(config: NetworkConfig) -> Iterator[Inputs]:
 Modulation = Callable[[Tensor], tuple[Tensor, Tensor]]  # labels → the encoder's and the decoder's
 
 
-def encoder_inputs(config: NetworkConfig, modulation: Modulation, rng: torch.Generator, batch: int, rows: int, new: int, seen: int) -> Inputs:
+def encoder_inputs(
+    config: NetworkConfig, modulation: Modulation, rng: torch.Generator, batch: int, rows: int, new: int, seen: int
+) -> Inputs:
     labels = torch.randint(config.num_classes + 1, (rows,), generator=rng)
     return {
         "tokens": torch.randint(config.codes, (batch, new), generator=rng),
@@ -124,7 +128,13 @@ def decoder_cases(config: NetworkConfig, modulation: Modulation) -> Iterator[Inp
 def sampler_cases(config: NetworkConfig) -> Iterator[Inputs]:
     """(batch, rows, masked, keep) from all ends of their ranges."""
     rng, length = generator(), config.length
-    for batch, rows, masked, keep in ((1, 1, length, length - 2), (2, 4, length // 2, length // 3), (2, 2, 3, 0), (1, 2, 1, 1), (3, 6, 2, 1)):
+    for batch, rows, masked, keep in (
+        (1, 1, length, length - 2),
+        (2, 4, length // 2, length // 3),
+        (2, 2, 3, 0),
+        (1, 2, 1, 1),
+        (3, 6, 2, 1),
+    ):
         yield {
             "logits": 3 * torch.randn(rows, masked, config.codes, generator=rng),
             "positions": random_positions(batch, masked, length, rng),

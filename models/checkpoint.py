@@ -80,13 +80,15 @@ def network_config(state: StateDict, path: Path, heads: int | None = None, encod
         raise CheckpointError(f"{path}: expected a square number of positions, found {length}")
     if heads is None:
         if dim % HEAD_DIM:
-            raise CheckpointError(f"{path}: the width {dim} is not a multiple of the default head_dim {HEAD_DIM}; name the number of heads (--heads)")
+            raise CheckpointError(
+                f"{path}: the width {dim} is not a multiple of the default head_dim {HEAD_DIM}; name the number of heads (--heads)"
+            )
         heads = dim // HEAD_DIM
     if encoder_depth is None:
         encoder_depth = blocks - DECODER_DEPTH
     if not 1 <= encoder_depth < blocks:
         raise CheckpointError(
-            f"{path}: the checkpoint has {blocks} blocks: expected an encoder depth (--encoder-depth) of 1 to {blocks - 1}, got {encoder_depth}"
+            f"{path}: {blocks} blocks: expected an encoder depth (--encoder-depth) of 1 to {blocks - 1}, got {encoder_depth}"
         )
     return NetworkConfig(grid, dim, heads, encoder_depth, blocks - encoder_depth, codes=words - 1, num_classes=classes - 1)
 
@@ -96,9 +98,7 @@ def tokenizer_config(state: StateDict, path: Path) -> TokenizerConfig:
     kind = "a VQGAN of MaskGIT's kind"
     codes, code_dim = shape_of(state, "quantize.embedding.weight", 2, path, kind)
     levels = count(state, r"encoder\.down\.(\d+)\.")
-    channels = tuple(
-        shape_of(state, f"encoder.down.{level}.block.0.conv1.weight", 4, path, kind)[0] for level in range(max(levels, 1))
-    )
+    channels = tuple(shape_of(state, f"encoder.down.{level}.block.0.conv1.weight", 4, path, kind)[0] for level in range(max(levels, 1)))
     return TokenizerConfig(
         channels,
         encoder_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
@@ -114,7 +114,11 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     if missing or unknown:
-        parts = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        parts = [
+            f"{len(keys)} {word} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for word, keys in (("missing", missing), ("unknown", unknown))
+            if keys
+        ]
         raise CheckpointError(f"{path}: its keys are not those of the model: {' and '.join(parts)}")
     for key, shape in expected.items():
         if state[key].shape != shape:

@@ -37,9 +37,7 @@ class NetworkConfig:
         if self.heads < 1 or self.dim % self.heads:
             raise CheckpointError(f"the width {self.dim} must be divisible by the number of heads, got {self.heads}")
         if self.encoder_depth < 1 or self.decoder_depth < 1:
-            raise CheckpointError(
-                f"encoder and decoder need at least one block each, got {self.encoder_depth} and {self.decoder_depth}"
-            )
+            raise CheckpointError(f"encoder and decoder need at least one block each, got {self.encoder_depth} and {self.decoder_depth}")
 
     @property
     def length(self) -> int:
@@ -80,7 +78,7 @@ class Attention(nn.Module):
         if y is not None:
             key_value = torch.cat((self.kv["A"](y), key_value), dim=1)  # [R, M+N, 2D]
         key, value = key_value.chunk(2, dim=-1)
-        x = F.scaled_dot_product_attention(*map(self.split_heads, (self.q(x), key, value)))
+        x = F.scaled_dot_product_attention(self.split_heads(self.q(x)), self.split_heads(key), self.split_heads(value))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -96,7 +94,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None, modulation: Tensor) -> Tensor:
         """x [R, N, D] own tokens; context [R, M, D], *normalized already* (it is the same for every block); modulation [R, 8, D]."""
-        shift_self, scale_self, shift_context, scale_context, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.split(1, dim=1)  # each [R, 1, D]
+        shift_self, scale_self, shift_context, scale_context, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.split(
+            1, dim=1
+        )  # each [R, 1, D]
         own = normalize(x) * scale_self + shift_self
         if context is not None:
             context = context * scale_context + shift_context

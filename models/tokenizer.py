@@ -25,7 +25,7 @@ class TokenizerConfig:
     @property
     def factor(self) -> int:
         """Pixels along an edge of one token."""
-        return 2 ** (len(self.channels) - 1)
+        return 1 << (len(self.channels) - 1)
 
 
 def Norm(channels: int) -> nn.GroupNorm:
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level(x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
+                x = level.upsample(x)  # type: ignore[operator]
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -15,8 +15,8 @@ from ..errors import InputError
 from .backends import BACKENDS
 from .classes import parse_classes
 from .command import Command
-from .outputs import Request, check_file, open_folder, read_record, request_of, write_file, write_folder
-from .pictures import IMAGE_SUFFIXES, read_metadata
+from .outputs import Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
+from .pictures import IMAGE_SUFFIXES, check_writable, read_metadata
 from .pipeline import BATCH_SIZE, Pipeline, image_seeds
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
@@ -24,7 +24,13 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
-@click.option("--class", "classes", multiple=True, metavar="CLASS", help="Number, name, range (10-19, A-F) or all; may be repeated. #7 is always number 7.")
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="CLASS",
+    help="Number, name, range (10-19, A-F) or all; may be repeated. #7 is always number 7.",
+)
 @click.option("--num", default=1, show_default=True, help="Pictures a class.")
 @click.option("--seed", type=int, help="Picture i has seed SEED + i; without it, one is drawn and printed.")
 @click.option("--steps", type=int, help="Sampling steps, 1 to the number of tokens; default: the engine's.")
@@ -34,10 +40,14 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 @click.option("--out", type=click.Path(path_type=Path), help=f"A folder, or a file that ends in {', '.join(FILE_SUFFIXES)}.")
 @click.option("--grid", is_flag=True, help="All pictures on one sheet.")
 @click.option("--gif", is_flag=True, help="Animations of the tokens being revealed, step by step.")
-@click.option("--format", "suffix", type=click.Choice(["png", "webp", "jpg"]), default="png", show_default=True, help="Of the files in a folder.")
+@click.option(
+    "--format", "suffix", type=click.Choice(["png", "webp", "jpg"]), default="png", show_default=True, help="Of the files in a folder."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
-@click.option("--replay", type=click.Path(path_type=Path), metavar="FILE", help="Make a file of enat-run again, from what it says of itself.")
+@click.option(
+    "--replay", type=click.Path(path_type=Path), metavar="FILE", help="Make a file of enat-run again, from what it says of itself."
+)
 @click.option("--batch-size", default=BATCH_SIZE, show_default=True, help="Pictures drawn at once.")
 @click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -76,43 +86,30 @@ def main(
             click.echo("no --engine given: using the bundled one (letters A-Z and digits 0-9)", err=True)
         if out is None:
             raise InputError("expected --out with a folder or a file to write")
+        check_writable(out)
+        single = check_kind(out, grid, gif, resume)
+        if batch_size < 1:
+            raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
         columns: int | None = None
         if replay:
             if classes or seed is not None or any(value is not None for value in settings.values()):
                 raise InputError("--replay takes classes, seed and settings from the file; give it none")
-            metadata = read_metadata(replay)
-            request, columns = request_of(metadata), metadata.get("columns")
-            if metadata["engine"] != pipeline.manifest.hash and not force:
-                raise InputError(
-                    f"{replay}: made by the engine {metadata['engine'][:12]}…, but {pipeline.manifest.folder} is {pipeline.manifest.hash[:12]}…; "
-                    "name the right one (--engine), or --force to use this one"
-                )
+            request, columns = replayed(pipeline, replay, force)
         else:
-            if not classes:
-                raise InputError("expected at least one --class; --list-classes shows them")
             if resume and seed is None:
                 seed = request_of(read_record(out)).seeds[0]
             request = make_request(pipeline, classes, num, seed, settings, quiet=as_json)
-        if batch_size < 1:
-            raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
         pipeline.schedule(**request.settings)
-        single = out.suffix.lower() in FILE_SUFFIXES
-        if gif and single and out.suffix.lower() != ".gif":
-            raise InputError(f"{out}: --gif makes an animation; expected a file that ends in .gif, or a folder")
         if out.suffix.lower() != ".npy":
             pipeline.require_images()
         if single:
-            if resume:
-                raise InputError(f"{out}: --resume goes on with a folder, this is a file")
-            columns = columns or check_file(request, out, grid)
+            columns = columns or sheet_columns(request, out, grid)
             write_file(pipeline, request, out, columns, batch_size=batch_size, progress=True)
             files = [out]
         else:
-            if grid:
-                raise InputError(f"{out}: --grid makes one picture; expected a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif")
             open_folder(out, request, pipeline, resume, force)
-            with tqdm(total=len(request.labels), unit="picture", leave=False) as bar:
-                ending = ".gif" if gif else f".{suffix}"
+            ending = ".gif" if gif else f".{suffix}"
+            with tqdm(total=len(request.labels), unit="picture", leave=False, disable=None) as bar:
                 files = write_folder(pipeline, request, out, ending, batch_size, resume, lambda _: bar.update())
         seconds = time.perf_counter() - started
         if as_json:
@@ -123,12 +120,49 @@ def main(
             click.echo(f"{what} in {seconds:.1f} s: {out}", err=True)
 
 
-def make_request(pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any], quiet: bool) -> Request:
+def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
+    """Whether `out` is a single file (by its ending) rather than a folder. Raises InputError for options that do not go with it."""
+    suffix = out.suffix.lower()
+    pictures = f"a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif"
+    if suffix not in FILE_SUFFIXES:
+        if grid:
+            raise InputError(f"{out}: --grid makes one picture; expected {pictures}")
+        return False
+    if resume:
+        raise InputError(f"{out}: --resume goes on with a folder, this is a file")
+    if grid and suffix in (".npz", ".npy"):
+        raise InputError(f"{out}: --grid makes a picture; expected {pictures}")
+    if gif and suffix != ".gif":
+        raise InputError(f"{out}: --gif makes an animation; expected a file that ends in .gif, or a folder")
+    return True
+
+
+def replayed(pipeline: Pipeline, file: Path, force: bool) -> tuple[Request, int | None]:
+    """The request that made a file, and the columns of its sheet. Raises InputError where another engine made it."""
+    metadata = read_metadata(file)
+    theirs, mine = str(metadata.get("engine")), pipeline.manifest.hash
+    if theirs != mine and not force:
+        raise InputError(
+            f"{file}: made by the engine {theirs[:12]}…, but {pipeline.manifest.folder} is {mine[:12]}…; "
+            "name the right one (--engine), or --force to use this one"
+        )
+    return request_of(metadata), metadata.get("columns")
+
+
+def make_request(
+    pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any], quiet: bool
+) -> Request:
     """The request of a command line; draws and prints a seed where none was given."""
     default = pipeline.manifest.sampling
-    defaults = (default.steps, default.cfg_scale, default.mask_temp, default.samp_temp)
-    names = ("steps", "guidance", "mask_temperature", "sampling_temperature")
-    chosen = {name: value if settings[name] is None else settings[name] for name, value in zip(names, defaults, strict=True)}
+    defaults: dict[str, Any] = {
+        "steps": default.steps,
+        "guidance": default.cfg_scale,
+        "mask_temperature": default.mask_temp,
+        "sampling_temperature": default.samp_temp,
+    }
+    chosen = {name: value if settings[name] is None else settings[name] for name, value in defaults.items()}
+    if not classes:
+        raise InputError("expected at least one --class; --list-classes shows them")
     if num < 1:
         raise InputError(f"expected 1 or more pictures a class, got {num}")
     labels = [label for label in parse_classes(pipeline.manifest.model, classes) for _ in range(num)]

@@ -110,7 +110,9 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         files=files,
         hash=hashlib.sha256(raw).hexdigest(),
     )
-    reader.expect(manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}")
+    reader.expect(
+        manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}"
+    )
     for name in REQUIRED_GRAPHS:
         reader.expect(name in files, "files", sorted(files), f"{name} among them")
     for name, entry in files.items():
@@ -119,7 +121,9 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
 
 
 def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
-    sizes = {name: reader.integer(model, name, 1) for name in ("grid", "dim", "heads", "encoder_depth", "decoder_depth", "codes", "num_classes")}
+    sizes = {
+        name: reader.integer(model, name, 1) for name in ("grid", "dim", "heads", "encoder_depth", "decoder_depth", "codes", "num_classes")
+    }
     image_size = None if model.get("image_size") is None else reader.integer(model, "image_size", 1)
     names = model.get("class_names")
     if names is not None:
@@ -176,7 +180,8 @@ class Reader:
 
     def number(self, data: dict[str, Any], key: str) -> float:
         value = data.get(key)
-        self.expect(type(value) in (int, float) and 0 <= value < float("inf"), key, value, "a number of 0 or more")
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        self.expect(valid, key, value, "a number of 0 or more")
         assert isinstance(value, int | float)
         return float(value)
 

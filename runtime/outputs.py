@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -18,13 +19,13 @@ from .pictures import (
     IMAGE_SUFFIXES,
     METADATA_KEY,
     Images,
+    WholeFile,
     save_gif,
     save_image,
     save_npz,
     save_tokens,
     sheet,
     to_pil,
-    whole_file,
 )
 from .pipeline import Pipeline, Preview
 
@@ -64,7 +65,9 @@ def request_of(metadata: dict[str, Any]) -> Request:
     """The request that a file's metadata describe. Raises InputError where they are not complete."""
     try:
         images = metadata["images"]
-        return Request(tuple(int(image["class"]) for image in images), tuple(int(image["seed"]) for image in images), **metadata["settings"])
+        return Request(
+            tuple(int(image["class"]) for image in images), tuple(int(image["seed"]) for image in images), **metadata["settings"]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
 
@@ -87,25 +90,18 @@ def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | N
         save_image(sheet(draw_images(pipeline, request, **drawing), columns or 1), out, metadata)
 
 
-def check_file(request: Request, out: Path, grid: bool) -> int | None:
-    """How many columns the file `out` needs for a request (None: it is no sheet). Raises InputError where they do not fit."""
-    suffix = out.suffix.lower()
-    if suffix in (".npz", ".npy"):
-        if grid:
-            raise InputError(f"{out}: --grid makes a picture; expected a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif")
-        return None
+def sheet_columns(request: Request, out: Path, grid: bool) -> int | None:
+    """How many columns the sheet of a request has (None: it is no sheet). Raises InputError where one picture must hold several."""
     count = len(request.labels)
     if not grid:
-        if count > 1:
+        if count > 1 and out.suffix.lower() not in (".npz", ".npy"):
             raise InputError(f"{out}: {count} pictures do not fit into one file; --grid makes a sheet of them, or name a folder")
         return None
-    # One row a class where every class has as many images; else about square.
-    classes = len(dict.fromkeys(request.labels))
-    each = count // classes
-    rows = [request.labels[i * each : (i + 1) * each] for i in range(classes)]
-    if classes > 1 and count % classes == 0 and all(len(set(row)) == 1 for row in rows) and each > 1:
-        return each
-    return math.ceil(math.sqrt(count)) if count > 8 else count
+    # A row for every class where each has as many pictures, else about square.
+    runs = [len(list(run)) for _, run in itertools.groupby(request.labels)]
+    if len(runs) > 1 and runs[0] > 1 and len(set(runs)) == 1:
+        return runs[0]
+    return count if count <= 8 else math.ceil(math.sqrt(count))
 
 
 def draw_frames(pipeline: Pipeline, request: Request, **drawing: Any) -> list[Images]:
@@ -145,7 +141,7 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, resume: bool, f
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise InputError(f"{out}: the run that began there has other {key}; expected the same classes, seed, settings and engine")
-    with whole_file(record) as partial:
+    with WholeFile(record) as partial:
         partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
 
 
@@ -161,7 +157,7 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def write_folder(
-    pipeline: Pipeline, request: Request, out: Path, suffix: str, batch_size: int, resume: bool, on_written: Callable[[Path], None]
+    pipeline: Pipeline, request: Request, out: Path, suffix: str, batch_size: int, resume: bool, on_written: Callable[[Path], object]
 ) -> list[Path]:
     """Draws a request into a folder, a file an image, each written as soon as its batch is done. Returns all paths.
 

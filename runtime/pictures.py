@@ -51,30 +51,36 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
         exif[EXIF_DESCRIPTION] = text
         options = {"format": "WEBP", "lossless": True} if suffix == ".webp" else {"format": "JPEG", "quality": 95, "subsampling": 0}
         options["exif"] = exif
-    with whole_file(path) as partial:
+    with WholeFile(path) as partial:
         image.save(partial, **options)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, metadata: dict[str, Any]) -> None:
     """Writes an animation; the last frame stays longer."""
     durations = [400] * (len(frames) - 1) + [2000]
-    with whole_file(path) as partial:
+    with WholeFile(path) as partial:
         frames[0].save(
-            partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=json.dumps(metadata).encode()
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            comment=json.dumps(metadata).encode(),
         )
 
 
 def save_npz(images: Images, path: Path, metadata: dict[str, Any]) -> None:
     """Writes `arr_0`, uint8 [N, height, width, 3], as the usual evaluation scripts read it, and the metadata."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with WholeFile(path) as partial, partial.open("wb") as file:
         np.savez(file, arr_0=images, metadata=np.array(json.dumps(metadata)))
 
 
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
     """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with WholeFile(path) as partial, partial.open("wb") as file:
         np.save(file, tokens)
-    with whole_file(metadata_file(path)) as partial:
+    with WholeFile(metadata_file(path)) as partial:
         partial.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
 
 
@@ -82,8 +88,17 @@ def metadata_file(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-class whole_file:
-    """`with whole_file(path) as partial`: what is written to `partial` appears at `path` at the end, or not at all."""
+def check_writable(path: Path) -> None:
+    """Raises InputError where `path` can't be written, before any work is done for it."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{path}: cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written: no permission")
+
+
+class WholeFile:
+    """`with WholeFile(path) as partial`: what is written to `partial` appears at `path` at the end, or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +118,7 @@ class whole_file:
             umask = os.umask(0)
             os.umask(umask)
             self.partial.chmod(0o666 & ~umask)
-            os.replace(self.partial, self.path)
+            self.partial.replace(self.path)
         else:
             self.partial.unlink(missing_ok=True)
 

@@ -98,7 +98,7 @@ class Pipeline:
         num (1): images a class. seed: image i of the request has seed + i (mod 2⁶⁴); or a sequence of seeds, one an image; drawn
         at random without one. steps: 1 … length. guidance: scale of the classifier-free guidance, 0 for none.
         mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
-        batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr.
+        batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr where that is a terminal.
         """
         return np.concatenate([self.raster(tokens, positions) for tokens, positions in self.batches(classes, **settings)])
 
@@ -146,7 +146,7 @@ class Pipeline:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         starts = range(0, len(labels), batch_size)
         total = len(starts) * len(steps)
-        with tqdm(total=total, unit="step", disable=not progress, leave=False) as bar:
+        with tqdm(total=total, unit="step", disable=None if progress else True, leave=False) as bar:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
@@ -191,7 +191,9 @@ class Pipeline:
             raise EngineError(f"{self.manifest.folder}: this engine has no image encoder")
         expected = (model.image_size, model.image_size, 3)
         if images.dtype != np.uint8 or images.shape[1:] != expected:
-            raise InputError(f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}")
+            raise InputError(
+                f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}"
+            )
         (tokens,) = self.backend.run("image_encoder", {"images": self.backend.upload(images)})
         return self.backend.download(tokens).reshape(-1, model.grid, model.grid)
 

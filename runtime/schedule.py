@@ -10,7 +10,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop: `masked` tokens enter it, `keep` stay masked after it; `new` were revealed by the step before, `seen` earlier."""
+    """One step of the loop: `masked` tokens enter it, `keep` stay so; `new` were revealed by the step before, `seen` earlier."""
 
     index: int
     seen: int

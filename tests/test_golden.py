@@ -10,8 +10,8 @@ import torch
 from conftest import Golden
 
 from enat.models.checkpoint import load_network, load_tokenizer
-from enat.runtime.manifest import read_manifest
 from enat.runtime.backends import open_backend
+from enat.runtime.manifest import read_manifest
 from enat.runtime.schedule import Step, schedule
 
 TOLERANCE = 1e-4
@@ -34,15 +34,18 @@ def trajectory(golden: Golden) -> Iterator[tuple[Step, dict[str, np.ndarray]]]:
         def at(values: np.ndarray, where: np.ndarray = positions) -> np.ndarray:
             return np.take_along_axis(values, where.reshape(*where.shape, *[1] * (values.ndim - 2)), axis=1)
 
-        yield step, {
-            "positions": positions,
-            "new": new,
-            "tokens": at(ids, new),
-            "logits": np.concatenate((at(run["cond_logits"][step.index]), at(run["uncond_logits"][step.index]))),
-            "sampled": at(run["sampled"][step.index]),
-            "gumbel": run["gumbel"][step.index],
-            "labels": run["labels"],
-        }
+        yield (
+            step,
+            {
+                "positions": positions,
+                "new": new,
+                "tokens": at(ids, new),
+                "logits": np.concatenate((at(run["cond_logits"][step.index]), at(run["uncond_logits"][step.index]))),
+                "sampled": at(run["sampled"][step.index]),
+                "gumbel": run["gumbel"][step.index],
+                "labels": run["labels"],
+            },
+        )
         before = ids
 
 

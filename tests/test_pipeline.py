@@ -33,7 +33,11 @@ def test_pictures(pipe: Pipeline) -> None:
 
 
 requests = st.tuples(
-    st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 2**64 - 1), st.integers(1, 64), st.sampled_from([0.0, 2.5]), st.integers(1, 4)
+    st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    st.integers(0, 2**64 - 1),
+    st.integers(1, 64),
+    st.sampled_from([0.0, 2.5]),
+    st.integers(1, 4),
 )
 
 

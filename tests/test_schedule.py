@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def test_every_token_is_revealed_once(sizes: tuple[int, int]) -> None:
     assert steps[0].visible == 0
     assert steps[-1].keep == 0
     assert all(0 <= step.keep <= step.masked for step in steps)
-    for step, following in zip(steps, steps[1:], strict=False):
+    for step, following in itertools.pairwise(steps):
         assert following.masked == step.keep
         assert following.new == step.masked - step.keep
         assert following.seen == step.seen + step.new

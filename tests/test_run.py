@@ -1,0 +1,215 @@
+"""enat-run as its users call it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from enat import Pipeline
+from enat.runtime.cli import main
+from enat.runtime.pictures import read_metadata
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, engine: Path | None = None) -> Result:
+        return CliRunner().invoke(main, ["--engine", str(engine or engines("tiny")), *map(str, arguments)])
+
+    return call
+
+
+def refused(result: Result, *parts: str) -> None:
+    """One line on stderr that says what was wrong, and exit code 2."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("seed ", "no --engine"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_one_picture(run: Run, engines: Callable[[str], Path], suffix: str) -> None:
+    assert run("--class", 3, "--seed", 7, "--out", f"a{suffix}").exit_code == 0
+    expected = Pipeline.load(engines("tiny")).generate([3], seed=7)[0]
+    with Image.open(f"a{suffix}") as image:
+        found = np.asarray(image.convert("RGB"))
+    if suffix == ".jpg":
+        assert np.abs(found.astype(int) - expected).mean() < 8
+    else:
+        assert np.array_equal(found, expected)
+    metadata = read_metadata(Path(f"a{suffix}"))
+    assert metadata["images"] == [{"class": 3, "seed": 7}]
+    assert metadata["settings"]["steps"] == 8
+    assert metadata["engine"] == Pipeline.load(engines("tiny")).manifest.hash
+    assert list(Path().iterdir()) == [Path(f"a{suffix}")]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif", "a.npz", "a.npy"])
+def test_replay(run: Run, name: str) -> None:
+    grid = [] if name.endswith((".npz", ".npy")) else ["--grid"]
+    assert run("--class", "0-2", "--num", 3, "--seed", 5, "--steps", 5, "--guidance", 1, "--out", name, *grid).exit_code == 0
+    again = f"again{Path(name).suffix}"
+    assert run("--replay", name, "--out", again).exit_code == 0
+    assert Path(name).read_bytes() == Path(again).read_bytes()
+
+
+def test_replay_with_another_engine_or_of_another_file(run: Run, engines: Callable[[str], Path]) -> None:
+    run("--class", 1, "--seed", 5, "--out", "a.png")
+    refused(run("--replay", "a.png", "--out", "b.png", engine=engines("odd")), "a.png: made by the engine", "--force")
+    refused(run("--replay", "a.png", "--class", 2, "--out", "b.png"), "--replay takes classes")
+    refused(run("--replay", "none.png", "--out", "b.png"), "none.png: no such file")
+    Image.new("RGB", (8, 8)).save("plain.png")
+    refused(run("--replay", "plain.png", "--out", "b.png"), "plain.png: holds no record")
+    Path("text.png").write_text("no picture")
+    refused(run("--replay", "text.png", "--out", "b.png"), "text.png: not a readable picture")
+    assert not Path("b.png").exists()
+
+
+def test_a_sheet_has_a_row_a_class(run: Run) -> None:
+    assert run("--class", 1, "--class", 4, "--num", 3, "--seed", 0, "--grid", "--out", "a.png").exit_code == 0
+    with Image.open("a.png") as image:
+        assert image.size == (3 * 34 - 2, 2 * 34 - 2)
+
+
+def test_animation(run: Run, engines: Callable[[str], Path]) -> None:
+    assert run("--class", 1, "--seed", 3, "--gif", "--out", "a.gif").exit_code == 0
+    with Image.open("a.gif") as image:
+        assert image.n_frames == 8
+        for step in Pipeline.load(engines("tiny")).schedule():
+            image.seek(step.index)
+            frame = np.asarray(image.convert("RGB")).astype(int)
+            hidden = (frame == 128).all(-1).mean()
+            assert abs(hidden - step.keep / 64) < 0.005  # grey where a token is not revealed yet
+    # 1000 colours became 256
+    assert np.abs(frame - Pipeline.load(engines("tiny")).generate([1], seed=3)[0]).mean() < 12
+
+
+def test_evaluation_file(run: Run, engines: Callable[[str], Path]) -> None:
+    assert run("--class", "all", "--num", 2, "--seed", 3, "--out", "a.npz").exit_code == 0
+    with np.load("a.npz") as data:
+        assert np.array_equal(data["arr_0"], Pipeline.load(engines("tiny")).generate(range(10), num=2, seed=3))
+        assert len(json.loads(str(data["metadata"]))["images"]) == 20
+
+
+def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
+    arguments = ("--class", "0-3", "--num", 2, "--seed", 9, "--batch-size", 3)
+    assert run(*arguments, "--out", "whole").exit_code == 0
+    assert run(*arguments, "--out", "part").exit_code == 0
+    names = sorted(path.name for path in Path("whole").glob("*.png"))
+    assert len(names) == 8
+    for name in names[3:6]:
+        Path("part", name).unlink()
+    kept = Path("part", names[0]).stat().st_mtime_ns
+    refused(run(*arguments, "--out", "part"), "part: exists", "--resume", "--force")
+    refused(run("--class", "0-3", "--num", 2, "--seed", 10, "--out", "part", "--resume"), "other images")
+    refused(run(*arguments, "--steps", 3, "--out", "part", "--resume"), "other settings")
+    assert run("--class", "0-3", "--num", 2, "--out", "part", "--resume").exit_code == 0  # the seed is the first run's
+    assert Path("part", names[0]).stat().st_mtime_ns == kept
+    for name in names:
+        assert Path("part", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_a_killed_folder_run_leaves_whole_files(engines: Callable[[str], Path], tmp_path: Path) -> None:
+    """SIGKILL in the middle; then --resume completes the run."""
+    out = tmp_path / "samples"
+    command = [sys.executable, "-m", "enat.runtime.cli", "--engine", str(engines("tiny")), "--class", "all", "--num", "40"]
+    command += ["--seed", "1", "--steps", "64", "--batch-size", "2", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", "from enat.runtime.cli import main; main()", *command[3:]], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.png"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = list(out.glob("[0-9]*.png"))
+    assert 4 <= len(written) < 400
+    for path in written:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_seed_is_drawn_and_printed(run: Run) -> None:
+    result = run("--class", 1, "--out", "a.png")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("seed ")]
+    assert read_metadata(Path("a.png"))["images"][0]["seed"] == int(line.split()[1])
+
+
+def test_json(run: Run) -> None:
+    result = run("--class", 1, "--num", 2, "--out", "d", "--json")
+    summary = json.loads(result.stdout)
+    assert [Path(file).exists() for file in summary["files"]] == [True, True]
+    assert summary["images"][1]["seed"] == summary["images"][0]["seed"] + 1
+    assert len(json.loads(run("--list-classes", "--json").stdout)) == 10
+
+
+def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
+    assert run("--class", 1, "--seed", 4, "--out", "a.npy").exit_code == 0
+    assert np.array_equal(np.load("a.npy"), Pipeline.load(engines("tiny")).generate_tokens([1], seed=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--class", "cat", "--out", "a.png"], ["unknown class 'cat'"]),
+        (["--class", "10", "--out", "a.png"], ["0 to 9, got 10"]),
+        (["--class", "5-3", "--out", "a.png"], ["'5-3'"]),
+        (["--out", "a.png"], ["at least one --class"]),
+        (["--class", "1"], ["expected --out"]),
+        (["--class", "1", "--num", "2", "--out", "a.png"], ["a.png: 2 pictures", "--grid"]),
+        (["--class", "1", "--num", "0", "--out", "a.png"], ["1 or more pictures"]),
+        (["--class", "1", "--grid", "--out", "folder"], ["--grid makes one picture"]),
+        (["--class", "1", "--gif", "--out", "a.png"], [".gif"]),
+        (["--class", "1", "--resume", "--out", "a.png"], ["--resume"]),
+        (["--class", "1", "--resume", "--out", "folder"], ["no run to go on with"]),
+        (["--class", "1", "--steps", "65", "--out", "a.png"], ["1 to 64 steps, got 65"]),
+        (["--class", "1", "--seed", "-1", "--out", "a.png"], ["seed of 0"]),
+        (["--class", "1", "--batch-size", "0", "--out", "a.png"], ["batch size"]),
+        (["--class", "1", "--steps", "x", "--out", "a.png"], ["--steps"]),
+        (["--class", "1", "--out", "file/a.png"], ["file/a.png: cannot be written"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_bad_input_gets_one_line(run: Run, arguments: list[str], parts: list[str]) -> None:
+    Path("file").write_text("")
+    refused(run(*arguments), *parts)
+    assert list(Path().iterdir()) == [Path("file")]
+
+
+def test_an_engine_that_is_none(run: Run, tmp_path: Path) -> None:
+    refused(run("--class", 1, "--out", "a.png", engine=tmp_path / "none"), "none: not an engine directory")
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    result = run("--class", "cat", "--out", "a.png", "--debug")
+    assert result.exc_info is not None
+    assert result.exc_info[0].__name__ == "InputError"
+
+
+def test_a_full_disk(engines: Callable[[str], Path], tmp_path: Path) -> None:
+    """No file may grow beyond 100 bytes: one line, exit code 1, nothing left."""
+    code = "from enat.runtime.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--engine", str(engines("tiny")), "--class", "1", "--seed", "1", "--out", str(tmp_path / "a.png")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
