@@ -25,7 +25,11 @@ from ..runtime.command import Command
 @click.option("--guidance", "cfg_scale", type=float, help="Default guidance of the engine.")
 @click.option("--mask-temperature", "mask_temp", type=float, help="Default mask temperature of the engine.")
 @click.option("--sampling-temperature", "samp_temp", type=float, help="Default sampling temperature of the engine.")
-@click.option("--class-names", type=click.Path(path_type=Path), help="Text file with one class name a line; default: the preset's.")
+@click.option(
+    "--class-names",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file with one class name a line; default: the preset's.",
+)
 @click.option("--image-encoder/--no-image-encoder", default=True, show_default=True, help="Export the tokenizer's encoder too.")
 @click.option("--force", is_flag=True, help="Replace an engine that exists.")
 def main(

@@ -52,13 +52,8 @@ def export_engine(
     settings = Sampling(**{**vars(chosen.sampling if chosen else Sampling()), **(sampling or {})})
     check_target(out, force)
     report(f"reading {ckpt}")
-    network = load_network(ckpt, heads or (chosen.heads if chosen else None), encoder_depth or (chosen.encoder_depth if chosen else None))
+    network = load_network(ckpt, heads, encoder_depth, chosen)
     config = network.config
-    if chosen and (config.grid, config.num_classes) != (chosen.grid, chosen.num_classes):
-        raise InputError(
-            f"{ckpt}: grid {config.grid} and {config.num_classes} classes, but the preset {preset_name} "
-            f"has grid {chosen.grid} and {chosen.num_classes} classes"
-        )
     if not 1 <= settings.steps <= config.length:
         raise InputError(f"expected 1 to {config.length} steps, got {settings.steps}")
     names = class_names if class_names is not None else preset_class_names(chosen) if chosen else None

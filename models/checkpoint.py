@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .network import Network, NetworkConfig
+from .presets import Preset
 from .tokenizer import Tokenizer, TokenizerConfig
 
 StateDict = dict[str, Tensor]
@@ -33,7 +35,9 @@ def read_state_dict(path: Path) -> StateDict:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, of files that are refused anyway
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: not loaded, it is damaged or holds more than tensors (loading it could run code); "
@@ -68,8 +72,13 @@ def count(state: StateDict, pattern: str) -> int:
     return next(i for i in range(len(found) + 1) if i not in found)
 
 
-def network_config(state: StateDict, path: Path, heads: int | None = None, encoder_depth: int | None = None) -> NetworkConfig:
-    """The sizes of a network's state dict. `heads` and `encoder_depth` are not in it: head_dim 64 and two decoder blocks by default."""
+def network_config(
+    state: StateDict, path: Path, heads: int | None = None, encoder_depth: int | None = None, preset: Preset | None = None
+) -> NetworkConfig:
+    """The sizes of a network's state dict.
+
+    `heads` and `encoder_depth` are not in it: the preset's, else head_dim 64 and two decoder blocks.
+    """
     kind = "an ENAT network"
     words, dim = shape_of(state, "x_embedder.word_embeddings.weight", 2, path, kind)
     length, _ = shape_of(state, "x_embedder.position_embeddings.weight", 2, path, kind)
@@ -78,6 +87,12 @@ def network_config(state: StateDict, path: Path, heads: int | None = None, encod
     grid = round(length**0.5)
     if grid**2 != length:
         raise CheckpointError(f"{path}: expected a square number of positions, found {length}")
+    if preset:
+        if (grid, classes - 1) != (preset.grid, preset.num_classes):
+            raise CheckpointError(
+                f"{path}: grid {grid} and {classes - 1} classes, but the preset has grid {preset.grid} and {preset.num_classes} classes"
+            )
+        heads, encoder_depth = heads or preset.heads, encoder_depth or preset.encoder_depth
     if heads is None:
         if dim % HEAD_DIM:
             raise CheckpointError(
@@ -130,10 +145,10 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
     model.eval().requires_grad_(False)
 
 
-def load_network(path: Path, heads: int | None = None, encoder_depth: int | None = None) -> Network:
+def load_network(path: Path, heads: int | None = None, encoder_depth: int | None = None, preset: Preset | None = None) -> Network:
     """A network from a checkpoint, float32, ready for inference. Raises CheckpointError."""
     state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(UNUSED)}
-    config = network_config(state, path, heads, encoder_depth)
+    config = network_config(state, path, heads, encoder_depth, preset)
     with torch.device("meta"):
         model = Network(config)
     fill(model, state, path)

@@ -128,9 +128,10 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
 def test_a_killed_folder_run_leaves_whole_files(engines: Callable[[str], Path], tmp_path: Path) -> None:
     """SIGKILL in the middle; then --resume completes the run."""
     out = tmp_path / "samples"
-    command = [sys.executable, "-m", "enat.runtime.cli", "--engine", str(engines("tiny")), "--class", "all", "--num", "40"]
+    code = "from enat.runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, "--engine", str(engines("tiny")), "--class", "all", "--num", "40"]
     command += ["--seed", "1", "--steps", "64", "--batch-size", "2", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", "from enat.runtime.cli import main; main()", *command[3:]], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(out.glob("*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,0 +1,287 @@
+"""enat-export as its users call it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import DATA, Golden, read_golden
+
+from enat import Pipeline
+from enat.errors import CheckpointError
+from enat.export.cli import main
+from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
+from enat.models.presets import PRESETS, preset_class_names
+
+TINY = read_golden("tiny")
+SPLIT = ("--heads", "3", "--encoder-depth", "3")
+
+
+def export(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *parts: str, code: int = 2) -> None:
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("[")]
+    assert result.exit_code == code, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+CONTRACT = {
+    "condition": ({"labels": ("rows",)}, ["encoder_modulation", "decoder_modulation"]),
+    "encoder": (
+        {
+            "tokens": ("batch", "new"),
+            "positions": ("batch", "new"),
+            "features": ("rows", "seen", 48),
+            "encoder_modulation": ("rows", 3, 8, 48),
+        },
+        ["visible_features"],
+    ),
+    "decoder": (
+        {"positions": ("batch", "masked"), "features": ("rows", "visible", 48), "decoder_modulation": ("rows", 2, 8, 48)},
+        ["logits"],
+    ),
+    "sampler": (
+        {
+            "logits": ("rows", "masked", 256),
+            "positions": ("batch", "masked"),
+            "choice_noise": ("batch", 64),
+            "confidence_noise": ("batch", 64),
+            "guidance": (),
+            "sampling_temperature": (),
+            "mask_temperature": (),
+            "keep": (),
+        },
+        ["tokens", "revealed_tokens", "revealed_positions", "masked_positions"],
+    ),
+    "image_decoder": ({"tokens": ("batch", 64), "positions": ("batch", 64)}, ["images"]),
+    "image_encoder": ({"images": ("batch", 32, 32, 3)}, ["tokens"]),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_graphs_keep_the_contract(engines: Callable[[str], Path], name: str) -> None:
+    path = engines("tiny") / f"{name}.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    inputs, outputs = CONTRACT[name]
+    found = {value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in model.graph.input}
+    assert found == inputs
+    assert [value.name for value in model.graph.output] == outputs
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    assert model.ir_version <= 10
+    assert not model.functions
+    # nothing of the machine that it was made on
+    assert b".py" not in path.read_bytes()
+
+
+def test_manifest(engines: Callable[[str], Path]) -> None:
+    manifest = json.loads((engines("tiny") / "manifest.json").read_text())
+    assert manifest["format"] == "enat-engine"
+    assert manifest["version"] == 1
+    assert manifest["model"] == {
+        "grid": 8, "dim": 48, "heads": 3, "encoder_depth": 3, "decoder_depth": 2, "codes": 256, "num_classes": 10,
+        "image_size": 32, "class_names": None,
+    }  # fmt: skip
+    assert manifest["sampling"] == TINY.sampling
+    assert (manifest["precision"], manifest["float_type"], manifest["opset"]) == ("fp32", "float32", 20)
+    assert len(manifest["source"]["checkpoint_sha256"]) == 64
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Without a tokenizer, from safetensors with the prefix of data parallelism, into a folder that does not exist yet."""
+    from safetensors.torch import save_file
+
+    state = {f"module.{key}": value for key, value in read_state_dict(TINY.ckpt).items()}
+    save_file(state, tmp_path / "net.safetensors")
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    out = tmp_path / "new" / "engine"
+    result = export(
+        "--ckpt", tmp_path / "net.safetensors", *SPLIT, "--steps", 5, "--class-names", tmp_path / "names.txt", "--out", out
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "encoder: 6 shapes, error at most" in result.stderr
+    assert sorted(os.listdir(out)) == ["condition.onnx", "decoder.onnx", "encoder.onnx", "manifest.json", "sampler.onnx"]  # noqa: PTH208
+    assert [path.name for path in out.parent.iterdir()] == ["engine"]
+    pipeline = Pipeline.load(out)
+    assert pipeline.manifest.sampling.steps == 5
+    assert pipeline.generate_tokens(["c"], seed=1).shape == (1, 8, 8)
+
+
+def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, tmp_path: Path) -> None:
+    arguments = ("--ckpt", TINY.ckpt, *SPLIT)
+    refused(export(*arguments, "--out", engine_copy), "engine: exists; --force replaces it")
+    assert export(*arguments, "--out", engine_copy, "--force").exit_code == 0
+    assert not (engine_copy / "image_decoder.onnx").exists()
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "thesis.txt").write_text("years of work")
+    refused(export(*arguments, "--out", documents, "--force"), "not an engine")
+    refused(export(*arguments, "--out", documents / "thesis.txt", "--force"), "not a directory")
+    assert (documents / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_export_leaves_nothing(engine_copy: Path) -> None:
+    """SIGTERM while it works, over an engine that exists: that one stays, and nothing lies beside it."""
+    before = {path.name: path.read_bytes() for path in engine_copy.iterdir()}
+    code = "from enat.export.cli import main; main()"
+    command = [sys.executable, "-c", code, "--ckpt", str(TINY.ckpt), *SPLIT, "--out", str(engine_copy), "--force"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(engine_copy.parent.glob(".engine.*.partial/*"))) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    assert [path.name for path in engine_copy.parent.iterdir()] == ["engine"]
+    assert {path.name: path.read_bytes() for path in engine_copy.iterdir()} == before
+
+
+def test_a_graph_that_computes_something_else_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import enat.export.engine as engine
+
+    right = engine.reference_sampler
+    monkeypatch.setattr(engine, "reference_sampler", lambda **inputs: right(**{**inputs, "guidance": inputs["guidance"] + 1}))
+    result = export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path / "engine")
+    refused(result, "sampler.onnx", "differs from PyTorch", code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile-was-here",)
+
+
+def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
+    path = tmp_path / "net.pth"
+    state = read_state_dict(TINY.ckpt)
+    match kind:
+        case "missing":
+            return path, "no such checkpoint"
+        case "truncated":
+            path.write_bytes(TINY.ckpt.read_bytes()[:100_000])
+            return path, "truncated"
+        case "empty":
+            path.write_bytes(b"")
+            return path, "not"
+        case "hostile":
+            path.write_bytes(pickle.dumps({"x": Hostile()}))
+            return path, "could run code"
+        case "hostile zip":
+            torch.save({"x": Hostile()}, path)
+            return path, "could run code"
+        case "a training state":
+            torch.save({"model": state, "step": 3}, path)
+            return path, "found a dict with model, step"
+        case "another model":
+            torch.save({"layer.weight": torch.zeros(3, 3)}, path)
+            return path, "not an ENAT network: expected x_embedder.word_embeddings.weight"
+        case "missing keys":
+            torch.save({key: value for key, value in state.items() if "blocks.1.attn.q" not in key}, path)
+            return path, "2 missing (blocks.1.attn.q.weight, blocks.1.attn.q.bias)"
+        case "unknown keys":
+            torch.save({**state, "extra": torch.zeros(1)}, path)
+            return path, "1 unknown (extra)"
+        case "a wrong shape":
+            torch.save({**state, "norm.weight": torch.zeros(3)}, path)
+            return path, "norm.weight has shape [3], expected [48]"
+        case "not finite":
+            torch.save({**state, "norm.weight": torch.full((48,), torch.nan)}, path)
+            return path, "norm.weight holds values that are not finite"
+    raise AssertionError(kind)
+
+
+KINDS = (
+    "missing", "truncated", "empty", "hostile", "hostile zip", "a training state", "another model", "missing keys", "unknown keys",
+    "a wrong shape", "not finite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, message = damaged(tmp_path, kind)
+    refused(export("--ckpt", path, *SPLIT, "--out", tmp_path / "engine"), str(path), message)
+    assert not (tmp_path / "hostile-was-here").exists()
+    assert [file.name for file in tmp_path.iterdir() if file != path] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--heads", "5"], ["48 must be divisible by the number of heads, got 5"]),
+        (["--heads", "3", "--encoder-depth", "5"], ["5 blocks", "1 to 4, got 5"]),
+        ([], ["48 is not a multiple", "--heads"]),
+        (["--preset", "enat-l-256"], ["grid 8 and 10 classes", "grid 16 and 1000 classes"]),
+        (["--preset", "enat-s"], ["enat-s"]),
+        ([*SPLIT, "--steps", "65"], ["1 to 64 steps, got 65"]),
+        ([*SPLIT, "--vqgan", str(DATA / "odd" / "vqgan.ckpt")], ["256 codes but the tokenizer has 128"]),
+        ([*SPLIT, "--vqgan", str(TINY.ckpt)], ["not a VQGAN"]),
+        ([*SPLIT, "--class-names", str(DATA / "tiny" / "none.txt")], ["none.txt"]),
+    ],
+)
+def test_arguments_that_are_refused(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    refused(export("--ckpt", TINY.ckpt, *arguments, "--out", tmp_path / "engine"), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path / "file" / "engine"), "file/engine: cannot be written")
+
+
+def test_sizes_are_read_off_the_shapes(golden: Golden) -> None:
+    network = load_network(golden.ckpt, **golden.split)
+    case = golden.case
+    wanted = (case["grid"], case["dim"], case["encoder_depth"], case["decoder_depth"], case["codebook_size"], case["num_classes"])
+    config = network.config
+    assert (config.grid, config.dim, config.encoder_depth, config.decoder_depth, config.codes, config.num_classes) == wanted
+    assert load_tokenizer(golden.vqgan).config.codes == case["codebook_size"]
+    with pytest.raises(CheckpointError, match="not a VQGAN"):
+        load_tokenizer(golden.ckpt)
+
+
+def test_defaults_of_heads_and_depth(tmp_path: Path) -> None:
+    """The other case has width 64: one head of 64, and two blocks, of which none would be left to encode."""
+    with pytest.raises(CheckpointError, match="2 blocks"):
+        load_network(DATA / "odd" / "nnet_ema.pth")
+    assert load_network(DATA / "odd" / "nnet_ema.pth", encoder_depth=1).config.heads == 1
+
+
+def test_presets() -> None:
+    for preset in PRESETS.values():
+        names = preset_class_names(preset)
+        assert len(names) == len(set(names)) == preset.num_classes
+    assert (names[207], names[88], names[0], names[999]) == ("golden retriever", "macaw", "tench", "toilet tissue")
+    assert vars(PRESETS["enat-l-512"].sampling) == {"steps": 8, "cfg_scale": 3.5, "mask_temp": 1.5, "samp_temp": 4.0}
+
+
+def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights over the limit lie beside their graph, and the engine runs the same."""
+    import enat.export.trace as trace
+
+    inline, external = tmp_path / "inline", tmp_path / "external"
+    assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", inline).exit_code == 0
+    monkeypatch.setattr(trace, "EXTERNAL_DATA_FROM", 100_000)
+    assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", external).exit_code == 0
+    assert (external / "encoder.onnx.data").exists()
+    assert "encoder.onnx.data" in json.loads((external / "manifest.json").read_text())["files"]
+    found, expected = (Pipeline.load(engine).generate_tokens([1, 2], seed=1) for engine in (external, inline))
+    assert np.array_equal(found, expected)
