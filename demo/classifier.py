@@ -64,7 +64,7 @@ def measure(classifier: Classifier, pictures: np.ndarray) -> tuple[np.ndarray, n
 @click.option("--fonts", type=click.Path(exists=True, path_type=Path), required=True, help="Folder made by enat.demo.fonts.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on where it stopped.")
 @click.option("--pictures", default=1500, show_default=True, help="Training pictures a class.")
-@click.option("--steps", default=2400, show_default=True)
+@click.option("--steps", default=1500, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
 def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, device: str | None) -> None:

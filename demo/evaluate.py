@@ -17,7 +17,6 @@ from .classifier import load_classifier, measure
 from .fonts import CLASSES
 from .references import spread
 
-EVALUATION = Path(__file__).parent / "evaluation"
 SAME = {CLASSES.index("0"): CLASSES.index("O"), CLASSES.index("1"): CLASSES.index("I")}  # in many fonts
 
 
@@ -57,12 +56,12 @@ def frechet(mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, ot
     return float(((mean - other_mean) ** 2).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * cross)
 
 
-def evaluate(pipeline: Pipeline, num: int, seed: int, progress: bool = False, **settings: Any) -> dict[str, Any]:
-    """Measures `num` pictures a class, and the real pictures beside them."""
-    classifier = load_classifier(EVALUATION / "classifier.pth")
-    with np.load(EVALUATION / "held_out.npz") as data:
+def evaluate(pipeline: Pipeline, references: Path, num: int, seed: int, progress: bool = False, **settings: Any) -> dict[str, Any]:
+    """Measures `num` pictures a class, and the real pictures beside them. references: the folder that enat.demo.references wrote."""
+    classifier = load_classifier(references / "classifier.pth")
+    with np.load(references / "held_out.npz") as data:
         real, real_labels = data["pictures"], data["labels"].astype(np.int64)
-    with np.load(EVALUATION / "features.npz") as data:
+    with np.load(references / "features.npz") as data:
         reference = {name: data[name] for name in data.files}
     training = reference["training"].astype(np.float32) * reference["scale"]
     labels = np.repeat(np.arange(len(CLASSES)), num)
@@ -85,6 +84,7 @@ def evaluate(pipeline: Pipeline, num: int, seed: int, progress: bool = False, **
 
 @click.command()
 @click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; default: the bundled one.")
+@click.option("--references", type=click.Path(exists=True, path_type=Path), default=Path("demo/evaluation"), show_default=True)
 @click.option("--num", default=100, show_default=True, help="Pictures a class.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=int)
@@ -92,9 +92,9 @@ def evaluate(pipeline: Pipeline, num: int, seed: int, progress: bool = False, **
 @click.option("--mask-temperature", type=float)
 @click.option("--sampling-temperature", type=float)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(engine: Path | None, num: int, seed: int, as_json: bool, **settings: Any) -> None:
+def main(engine: Path | None, references: Path, num: int, seed: int, as_json: bool, **settings: Any) -> None:
     """Measure the demo engine's pictures."""
-    figures = evaluate(Pipeline.load(engine), num, seed, progress=True, **settings)
+    figures = evaluate(Pipeline.load(engine), references, num, seed, progress=True, **settings)
     if as_json:
         click.echo(json.dumps(figures))
         return

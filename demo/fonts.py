@@ -85,15 +85,25 @@ def unpack(package: str, out: Path) -> Path:
     return target
 
 
+# For packages whose copyright file is not machine-readable.
+PHRASES = {
+    r"Open\s+Font\s+Licen[sc]e": "OFL",
+    r"GNU\s+(Lesser\s+)?General\s+Public\s+License": "GPL",
+    r"Apache\s+License": "Apache",
+    r"LaTeX\s+Project\s+Public": "LPPL",
+    r"GUST\s+Font": "GUST Font License",
+    r"public\s+domain": "public domain",
+    r"Creative\s+Commons": "Creative Commons",
+    r"Permission is hereby granted, free of charge": "MIT",
+}
+
+
 def licences(package_folder: Path) -> str:
-    """The licence names of a package's machine-readable copyright file, without those of the packaging where they can be told apart."""
-    names: list[str] = []
-    for file in sorted(package_folder.glob("usr/share/doc/*/copyright")):
-        text = file.read_text(errors="replace")
-        text = re.sub(r"(?ms)^Files: *debian/\*.*?(?=^\s*$)", "", text)
-        names += [name.strip() for name in re.findall(r"(?m)^License: *(\S.*)$", text)]
-        if not names and "SIL Open Font" in text:
-            names.append("OFL")
+    """The licence names in a package's copyright file, without those of the packaging where they can be told apart."""
+    text = "".join(file.read_text(errors="replace") for file in sorted(package_folder.glob("usr/share/doc/*/copyright")))
+    text = re.sub(r"(?ms)^Files: *debian/\*.*?(?=^\s*$)", "", text)
+    names = [name.strip() for name in re.findall(r"(?m)^License: *(\S.*)$", text)]
+    names = names or [name for phrase, name in PHRASES.items() if re.search(phrase, text, re.IGNORECASE)]
     return ", ".join(dict.fromkeys(names)) or "see the package's copyright file"
 
 

@@ -41,7 +41,7 @@ class Command(click.Command):
         except MemoryError:
             if debug:
                 raise
-            fail("not enough memory; a smaller --batch-size needs less", 1)
+            fail("not enough memory", 1)
 
 
 def fail(message: str, code: int) -> None:

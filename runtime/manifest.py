@@ -144,13 +144,17 @@ def check_file(reader: Reader, folder: Path, name: str, entry: object, verify: b
     size = reader.integer(entry, "size", 0, where)
     digest = reader.text(entry, "sha256", where)
     path = folder / name
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
         raise EngineError(f"{path}: missing; the manifest lists it with {size} bytes")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise EngineError(f"{path}: leads out of the engine directory, to {path.resolve()}")
-    found = path.stat().st_size
-    if found != size:
-        raise EngineError(f"{path}: {found} bytes, expected {size}: the file is truncated or from another engine")
+    actual_size = path.stat().st_size
+    if actual_size != size:
+        raise EngineError(f"{path}: {actual_size} bytes, expected {size}: the file is truncated or from another engine")
     if (verify or size <= HASHED_AT_LOAD) and (actual := sha256(path)) != digest:
         raise EngineError(f"{path}: sha256 {actual[:16]}…, expected {digest[:16]}…: the file was altered or is from another engine")
 

@@ -51,6 +51,8 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["files"].update({"../outside": {"size": 1, "sha256": ""}}), "inside the engine"),
         (lambda data: data["files"].update({"/etc/passwd": {"size": 1, "sha256": ""}}), "inside the engine"),
         (lambda data: data["files"].update({"a/../../b": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"x" * 300: {"size": 1, "sha256": ""}}), "missing"),
+        (lambda data: data["files"].update({"\ud800": {"size": 1, "sha256": ""}}), "missing"),
         (lambda data: data["files"].update(gone={"size": 1, "sha256": ""}), "missing"),
     ],
 )

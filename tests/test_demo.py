@@ -1,0 +1,101 @@
+"""The bundled engine draws what it should, and draws it the same way everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from enat import Pipeline
+from enat.demo.fonts import CLASSES
+from enat.demo.train_tokenizer import CONFIG, TRAINING_EPS, published, set_eps
+from enat.runtime.classes import parse_classes
+from enat.runtime.pipeline import BUNDLED_ENGINE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.load() as pipeline:
+        yield pipeline
+
+
+def test_size() -> None:
+    assert sum(path.stat().st_size for path in BUNDLED_ENGINE.iterdir()) <= 20e6
+
+
+def test_quality(pipe: Pipeline) -> None:
+    """The figures of the demo's README, on fewer pictures."""
+    from enat.demo.evaluate import evaluate
+
+    figures = evaluate(pipe, ROOT / "demo" / "evaluation", num=20, seed=1234)
+    assert figures["generated"]["accuracy"] >= 0.9
+    assert figures["real"]["accuracy"] >= 0.95
+    assert figures["spread"]["mean"] >= 0.6
+
+
+def test_the_batch_does_not_matter(pipe: Pipeline) -> None:
+    classes = [3, 14, 15, 9, 26]
+    for steps, guidance in itertools.product((1, 8, 64), (0.0, 2.0)):
+        together = pipe.generate(classes, seed=5, steps=steps, guidance=guidance)
+        for batch_size in (1, 2, 3):
+            apart = pipe.generate(classes, seed=5, steps=steps, guidance=guidance, batch_size=batch_size)
+            assert np.array_equal(together, apart), (steps, guidance, batch_size)
+
+
+def test_classes(pipe: Pipeline) -> None:
+    model = pipe.manifest.model
+    assert "".join(model.class_names or ()) == CLASSES
+    assert parse_classes(model, ["R", "r", "7", "#7", "A-C", "0-2", "#0-#1"]) == [17, 17, 33, 7, 0, 1, 2, 26, 27, 28, 0, 1]
+    assert parse_classes(model, ["all"]) == list(range(36))
+
+
+def test_real_pictures_survive_the_tokenizer() -> None:
+    """Encoded and decoded by the checkpoints that the engine was made from."""
+    import torch
+
+    from enat.models.checkpoint import load_tokenizer
+    from enat.models.tokenizer import to_uint8
+
+    tokenizer = load_tokenizer(ROOT / "demo" / "checkpoints" / "vqgan.ckpt")
+    with np.load(ROOT / "demo" / "evaluation" / "held_out.npz") as data:
+        pictures = data["pictures"][::7]
+    with torch.inference_mode():
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        decoded = to_uint8(tokenizer.decode(tokenizer.encode(images))).numpy()
+    assert np.abs(decoded.astype(int) - pictures).mean() < 0.06 * 255
+
+
+def test_the_trained_eps_becomes_the_published_one() -> None:
+    import torch
+
+    from enat.models.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    model = Tokenizer(CONFIG).eval().requires_grad_(False)
+    set_eps(model, TRAINING_EPS)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    images = torch.rand(1, 3, 64, 64)
+    features = model.encoder(images)
+    pictures = model.decoder(features)
+    published(model)
+    torch.testing.assert_close(model.encoder(images), features)
+    torch.testing.assert_close(model.decoder(features), pictures)
+
+
+def test_the_bundled_engine_is_used_and_that_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "r.png"
+    code = "from enat.runtime.cli import main; main()"
+    arguments = ["--class", "R", "--num", "8", "--seed", "7", "--out", str(out), "--grid"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "using the bundled one" in result.stderr
+    with Image.open(out) as image:
+        assert image.size == (8 * 66 - 2, 64)
