@@ -1,32 +1,38 @@
-# make demo, make test: from a fresh clone, everything else is set up here.
+# From a fresh clone: make demo, make test. Everything else is set up here, in .venv/.
 PYTHON ?= python3
-PIP = $(1)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
+INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PACKAGE = --no-deps --force-reinstall .
 
 .PHONY: demo test clean
 
-demo: .venv/demo
-	.venv/demo/bin/enat-run --class all --num 8 --seed 1 --out demo-sheet.png --grid
-	@echo "The sheet of pictures is $(CURDIR)/demo-sheet.png"
-
-.venv/demo: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $@
-	$(call PIP,$@) ".[cpu]"
-	@touch $@
-
-# An installed package in a fresh environment, not the clone: lint, types, tests.
-test: .venv/test
+# Draws a sheet with the bundled engine, without PyTorch.
+demo: .venv/demo/ready
 	rm -rf build *.egg-info
-	$(call PIP,$<) --no-deps --force-reinstall .
-	$</bin/ruff check .
-	$</bin/ruff format --check .
-	cd tests && ../$</bin/mypy --config-file ../pyproject.toml -p enat
-	$</bin/python -m pytest -m "not slow and not gpu"
+	.venv/demo/$(INSTALL) $(PACKAGE)
+	.venv/demo/bin/enat-run --class all --num 8 --seed 1 --out demo-sheet.png --grid
+	@echo "The sheet of pictures: $(CURDIR)/demo-sheet.png"
 
-.venv/test: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $@
-	$(call PIP,$@) torch
-	$(call PIP,$@) ".[cpu,export,test]"
-	@touch $@
+# Tests an installed package, not the clone; and that the commands work where there is no PyTorch.
+test: .venv/test/ready .venv/demo/ready
+	rm -rf build *.egg-info
+	.venv/test/$(INSTALL) $(PACKAGE)
+	.venv/demo/$(INSTALL) $(PACKAGE)
+	.venv/test/bin/ruff check .
+	.venv/test/bin/ruff format --check .
+	cd tests && ../.venv/test/bin/mypy --config-file ../pyproject.toml -p enat
+	.venv/test/bin/python -m pytest
+	.venv/demo/bin/python tests/without_torch.py
+
+.venv/demo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv/demo
+	.venv/demo/$(INSTALL) ".[cpu]"
+	touch $@
+
+.venv/test/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv/test
+	.venv/test/$(INSTALL) torch
+	.venv/test/$(INSTALL) ".[cpu,export,test]"
+	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info demo-sheet.png

@@ -92,7 +92,7 @@ def training_loss(network: Network, ema: Network, tokens: Tensor, labels: Tensor
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True, help="vqgan.ckpt of enat.demo.train_tokenizer.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; goes on where it stopped.")
 @click.option("--pictures", default=1500, show_default=True, help="Training pictures a class.")
-@click.option("--steps", default=7500, show_default=True)
+@click.option("--steps", default=6000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option(

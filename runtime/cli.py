@@ -41,7 +41,12 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 @click.option("--grid", is_flag=True, help="All pictures on one sheet.")
 @click.option("--gif", is_flag=True, help="Animations of the tokens being revealed, step by step.")
 @click.option(
-    "--format", "suffix", type=click.Choice(["png", "webp", "jpg"]), default="png", show_default=True, help="Of the files in a folder."
+    "--format",
+    "suffix",
+    type=click.Choice(["png", "webp", "jpg", "npy"]),
+    default="png",
+    show_default=True,
+    help="Of files in a folder.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
@@ -100,7 +105,8 @@ def main(
                 seed = request_of(read_record(out)).seeds[0]
             request = make_request(pipeline, classes, num, seed, settings, quiet=as_json)
         pipeline.schedule(**request.settings)
-        if out.suffix.lower() != ".npy":
+        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix}"
+        if ending != ".npy":
             pipeline.require_images()
         if single:
             columns = columns or sheet_columns(request, out, grid)
@@ -108,7 +114,6 @@ def main(
             files = [out]
         else:
             open_folder(out, request, pipeline, resume, force)
-            ending = ".gif" if gif else f".{suffix}"
             with tqdm(total=len(request.labels), unit="picture", leave=False, disable=None) as bar:
                 files = write_folder(pipeline, request, out, ending, batch_size, resume, lambda _: bar.update())
         seconds = time.perf_counter() - started

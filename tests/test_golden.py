@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from conftest import Golden
 
+from benchmarks.reference import run_network
 from enat.models.checkpoint import load_network, load_tokenizer
 from enat.runtime.backends import open_backend
 from enat.runtime.manifest import read_manifest
@@ -63,6 +64,23 @@ def test_network(golden: Golden) -> None:
             logits = network.decode(masked, features, decoder_modulation)
             assert logits.shape[1] == step.masked
             np.testing.assert_allclose(logits, wanted["logits"], atol=TOLERANCE, rtol=0)
+
+
+def test_benchmark_reference(golden: Golden) -> None:
+    """What speed is compared with computes what the published code does: the logits of all positions, on both branches."""
+    network = load_network(golden.ckpt, **golden.split)
+    run = golden.load("trajectory")
+    labels = torch.from_numpy(run["labels"])
+    branches = {"cond_logits": labels, "uncond_logits": torch.full_like(labels, network.config.null_class)}
+    features: dict[str, torch.Tensor | None] = dict.fromkeys(branches)
+    seen = torch.empty(len(labels), 0, dtype=torch.long)
+    with torch.inference_mode():
+        for step, wanted in trajectory(golden):
+            ids, new = torch.from_numpy(run["ids"][step.index]), torch.from_numpy(wanted["new"])
+            for name, branch_labels in branches.items():
+                logits, features[name] = run_network(network, ids, new, seen, features[name], branch_labels)
+                np.testing.assert_allclose(logits, run[name][step.index], atol=TOLERANCE, rtol=0)
+            seen = torch.cat((seen, new), dim=1)
 
 
 def test_tokenizer(golden: Golden) -> None:

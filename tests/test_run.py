@@ -125,23 +125,36 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
         assert Path("part", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_a_killed_folder_run_leaves_whole_files(engines: Callable[[str], Path], tmp_path: Path) -> None:
-    """SIGKILL in the middle; then --resume completes the run."""
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_leaves_whole_files(engines: Callable[[str], Path], tmp_path: Path, how: signal.Signals, code: int) -> None:
+    """Ended in the middle of a folder: every picture is whole; and where the program could, it cleaned up and said so in one line."""
     out = tmp_path / "samples"
-    code = "from enat.runtime.cli import main; main()"
-    command = [sys.executable, "-c", code, "--engine", str(engines("tiny")), "--class", "all", "--num", "40"]
+    program = "from enat.runtime.cli import main; main()"
+    command = [sys.executable, "-c", program, "--engine", str(engines("tiny")), "--class", "all", "--num", "40"]
     command += ["--seed", "1", "--steps", "64", "--batch-size", "2", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
     deadline = time.monotonic() + 60
-    while len(list(out.glob("*.png"))) < 4 and time.monotonic() < deadline:
+    while len(list(out.glob("[0-9]*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert process.returncode == code
+    assert "Traceback" not in errors
     written = list(out.glob("[0-9]*.png"))
     assert 4 <= len(written) < 400
     for path in written:
         with Image.open(path) as image:
             image.load()
+    if how != signal.SIGKILL:
+        assert list(out.glob(".*")) == []
+
+
+def test_a_folder_of_tokens(run: Run, engines: Callable[[str], Path]) -> None:
+    assert run("--class", "1-2", "--seed", 4, "--format", "npy", "--out", "tokens").exit_code == 0
+    found = np.concatenate([np.load(path) for path in sorted(Path("tokens").glob("*.npy"))])
+    assert np.array_equal(found, Pipeline.load(engines("tiny")).generate_tokens([1, 2], seed=4))
 
 
 def test_seed_is_drawn_and_printed(run: Run) -> None:
