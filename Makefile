@@ -9,7 +9,7 @@ PACKAGE = --no-deps --force-reinstall .
 demo: .venv/demo/ready
 	rm -rf build *.egg-info
 	.venv/demo/$(INSTALL) $(PACKAGE)
-	.venv/demo/bin/enat-run --class all --num 8 --seed 1 --out demo-sheet.png --grid
+	.venv/demo/bin/enat-run --class all --num 8 --seed 1 --out demo-sheet.png --grid --columns 32
 	@echo "The sheet of pictures: $(CURDIR)/demo-sheet.png"
 
 # Tests an installed package, not the clone; and that the commands work where there is no PyTorch.

@@ -39,6 +39,7 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 @click.option("--sampling-temperature", type=float, help="Randomness of the tokens; default: the engine's.")
 @click.option("--out", type=click.Path(path_type=Path), help=f"A folder, or a file that ends in {', '.join(FILE_SUFFIXES)}.")
 @click.option("--grid", is_flag=True, help="All pictures on one sheet.")
+@click.option("--columns", type=int, help="Columns of the sheet; default: a row a class, or about square.")
 @click.option("--gif", is_flag=True, help="Animations of the tokens being revealed, step by step.")
 @click.option(
     "--format",
@@ -67,6 +68,7 @@ def main(
     seed: int | None,
     out: Path | None,
     grid: bool,
+    columns: int | None,
     gif: bool,
     suffix: str,
     resume: bool,
@@ -95,11 +97,13 @@ def main(
         single = check_kind(out, grid, gif, resume)
         if batch_size < 1:
             raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
-        columns: int | None = None
+        if columns is not None and (columns < 1 or not grid):
+            raise InputError(f"expected 1 or more columns, of a sheet (--grid), got {columns}")
         if replay:
             if classes or seed is not None or any(value is not None for value in settings.values()):
                 raise InputError("--replay takes classes, seed and settings from the file; give it none")
-            request, columns = replayed(pipeline, replay, force)
+            request, theirs = replayed(pipeline, replay, force)
+            columns = columns or theirs
         else:
             if resume and seed is None:
                 seed = request_of(read_record(out)).seeds[0]

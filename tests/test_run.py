@@ -87,6 +87,14 @@ def test_a_sheet_has_a_row_a_class(run: Run) -> None:
         assert image.size == (3 * 34 - 2, 2 * 34 - 2)
 
 
+def test_columns_of_a_sheet(run: Run) -> None:
+    assert run("--class", "0-5", "--num", 2, "--seed", 0, "--grid", "--columns", 4, "--out", "a.png").exit_code == 0
+    with Image.open("a.png") as image:
+        assert image.size == (4 * 34 - 2, 3 * 34 - 2)
+    refused(run("--class", 1, "--grid", "--columns", 0, "--out", "b.png"), "1 or more columns")
+    refused(run("--class", 1, "--columns", 2, "--out", "b.png"), "--grid")
+
+
 def test_animation(run: Run, engines: Callable[[str], Path]) -> None:
     assert run("--class", 1, "--seed", 3, "--gif", "--out", "a.gif").exit_code == 0
     with Image.open("a.gif") as image:
