@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -134,6 +135,8 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     suffix = out.suffix.lower()
     pictures = f"a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif"
     if suffix not in FILE_SUFFIXES:
+        if suffix in Image.registered_extensions() and not out.is_dir():
+            raise InputError(f"{out}: expected a folder, or a file that ends in {', '.join(FILE_SUFFIXES)}")
         if grid:
             raise InputError(f"{out}: --grid makes one picture; expected {pictures}")
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -285,3 +286,18 @@ def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "encoder.onnx.data" in json.loads((external / "manifest.json").read_text())["files"]
     found, expected = (Pipeline.load(engine).generate_tokens([1, 2], seed=1) for engine in (external, inline))
     assert np.array_equal(found, expected)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """No file may grow beyond 200 kB, which the encoder would: one line, exit code 1, nothing left."""
+    code = "from enat.export.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--ckpt", str(TINY.ckpt), *SPLIT, "--out", str(tmp_path / "engine")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("[")]
+    assert line.startswith(f"Error: {tmp_path / 'engine'}: not written: ")
+    assert list(tmp_path.iterdir()) == []

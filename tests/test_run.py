@@ -196,6 +196,7 @@ def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
         (["--class", "1", "--num", "0", "--out", "a.png"], ["1 or more pictures"]),
         (["--class", "1", "--grid", "--out", "folder"], ["--grid makes one picture"]),
         (["--class", "1", "--gif", "--out", "a.png"], [".gif"]),
+        (["--class", "1", "--out", "a.bmp"], ["a.bmp: expected a folder, or a file that ends in .png"]),
         (["--class", "1", "--resume", "--out", "a.png"], ["--resume"]),
         (["--class", "1", "--resume", "--out", "folder"], ["no run to go on with"]),
         (["--class", "1", "--steps", "65", "--out", "a.png"], ["1 to 64 steps, got 65"]),
