@@ -1,5 +1,12 @@
 """The exceptions of enat. The commands show their message as one line; messages say what was found, what was expected, what to do."""
 
+import errno
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in a few words."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+
 
 class EnatError(Exception):
     """Anything that enat itself reports. `exit_code` is what a command ends with: 1 for work that failed, 2 for input that is wrong."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .fonts import CLASSES
 from .letters import Glyphs, draw_pictures
-from .training import Run, autocast, pick_device, warmup_cosine
+from .training import Run, as_images, autocast, pick_device, warmup_cosine
 
 FEATURES = 64
 
@@ -53,7 +53,7 @@ def measure(classifier: Classifier, pictures: np.ndarray) -> tuple[np.ndarray, n
     """uint8 [N, 64, 64, 3] → features float32 [N, 64] and the class seen in each [N]."""
     features, seen = [], []
     for start in range(0, len(pictures), 512):
-        images = torch.from_numpy(pictures[start : start + 512]).permute(0, 3, 1, 2).contiguous().float() / 255
+        images = as_images(pictures[start : start + 512], torch.device("cpu"))
         embedded = classifier.embed(images)
         features.append(embedded.numpy())
         seen.append(classifier.head(F.relu(embedded)).argmax(1).numpy())
@@ -79,7 +79,7 @@ def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, dev
     classifier.train()
     while run.step < steps:
         chosen = torch.randint(len(data), (batch_size,)).numpy()
-        images = torch.from_numpy(data[chosen]).to(where).permute(0, 3, 1, 2).contiguous().float() / 255
+        images = as_images(data[chosen], where)
         with autocast(where):
             logits = classifier(images)
         wanted = torch.from_numpy(labels[chosen]).to(where)

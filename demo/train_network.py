@@ -20,7 +20,7 @@ from ..models.network import Network, NetworkConfig
 from ..models.tokenizer import Tokenizer
 from .fonts import CLASSES
 from .letters import Glyphs, draw_pictures
-from .training import Run, autocast, pick_device, warmup_cosine
+from .training import Run, as_images, autocast, pick_device, warmup_cosine
 
 CLASS_DROPOUT = 0.15
 REUSE_PROBABILITY = 0.5
@@ -44,7 +44,7 @@ def encode_pictures(tokenizer: Tokenizer, pictures: np.ndarray, device: torch.de
     """uint8 [N, 64, 64, 3] → tokens int16 [N, L]."""
     tokens = []
     for start in tqdm(range(0, len(pictures), 256), desc="encoding", mininterval=2):
-        images = torch.from_numpy(pictures[start : start + 256]).to(device).permute(0, 3, 1, 2).contiguous().float().div(255)
+        images = as_images(pictures[start : start + 256], device)
         with autocast(device):
             z = tokenizer.encoder(images)
         tokens.append(tokenizer.quantize.nearest(z.float()).short().cpu())

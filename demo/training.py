@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -25,6 +27,11 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def as_images(pictures: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """uint8 [N, height, width, 3] → [N, 3, height, width] in [0, 1]; contiguous, since NHWC in disguise is half as fast on a CPU."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 class Run:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +13,14 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from ..errors import ExportError, InputError
+from ..errors import ExportError, InputError, reason
 from ..models.checkpoint import check_match, load_network, load_tokenizer
 from ..models.network import MODULATIONS, Network
 from ..models.presets import Sampling, preset, preset_class_names
 from ..models.tokenizer import Tokenizer
 from ..runtime.manifest import FILE, FORMAT, VERSION, file_entries, read_manifest, sha256
+from ..runtime.pictures import check_writable
+from ..runtime.schedule import schedule
 from . import verify
 from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean
 from .tables import OPSET, condition_graph, reference_sampler, sampler_graph
@@ -54,8 +54,7 @@ def export_engine(
     report(f"reading {ckpt}")
     network = load_network(ckpt, heads, encoder_depth, chosen)
     config = network.config
-    if not 1 <= settings.steps <= config.length:
-        raise InputError(f"expected 1 to {config.length} steps, got {settings.steps}")
+    schedule(config.length, settings.steps, settings.cfg_scale, settings.mask_temp, settings.samp_temp)  # refuses what is out of range
     names = class_names if class_names is not None else preset_class_names(chosen) if chosen else None
     if names is not None and len(names) != config.num_classes:
         raise InputError(f"expected {config.num_classes} class names, got {len(names)}")
@@ -175,9 +174,7 @@ def check_target(out: Path, force: bool) -> None:
             raise InputError(f"{out}: exists; --force replaces it")
         if not (out / FILE).is_file():
             raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: cannot be written: no permission in {parent}")
+    check_writable(out)
 
 
 @contextlib.contextmanager
@@ -196,8 +193,7 @@ def put_in_place(out: Path, force: bool) -> Iterator[Path]:
             check_target(out, force)
             replace(out, partial)
         except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            raise ExportError(f"{out}: not written: {reason}") from error
+            raise ExportError(f"{out}: not written: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -80,10 +80,8 @@ class DecoderGraph(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        embedder = network.x_embedder
-        # [MASK]'s word and the positions never change: their sum, normalized, is a table.
-        table = embedder.LayerNorm(embedder.word_embeddings.weight[-1] + embedder.position_embeddings.weight)
-        self.masked = nn.Parameter(table, requires_grad=False)
+        # [MASK] embedded at every position never changes: a table.
+        self.masked = nn.Parameter(network.embed_masked(torch.arange(network.config.length)), requires_grad=False)
 
     def forward(self, positions: Tensor, features: Tensor, decoder_modulation: Tensor) -> Tensor:
         embedded = repeat_rows(nn.functional.embedding(positions, self.masked), decoder_modulation.shape[0])

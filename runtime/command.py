@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 from typing import Any
 
 import click
 
-from ..errors import EnatError
+from ..errors import EnatError, reason
 
 
 class Command(click.Command):
@@ -36,8 +35,7 @@ class Command(click.Command):
         except OSError as error:
             if debug:
                 raise
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
+            fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error), 1)
         except MemoryError:
             if debug:
                 raise

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..errors import InputError
 from .pictures import (
@@ -48,6 +47,11 @@ class Request:
     def settings(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name not in ("labels", "seeds")}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For Pipeline.generate and generate_tokens."""
+        return {"classes": self.labels, "seed": self.seeds, **self.settings}
+
     def only(self, indices: Sequence[int]) -> Request:
         return Request(tuple(self.labels[i] for i in indices), tuple(self.seeds[i] for i in indices), **self.settings)
 
@@ -72,22 +76,18 @@ def request_of(metadata: dict[str, Any]) -> Request:
         raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
 
 
-def draw_images(pipeline: Pipeline, request: Request, **drawing: Any) -> Images:
-    return pipeline.generate(request.labels, seed=request.seeds, **request.settings, **drawing)
-
-
 def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | None, **drawing: Any) -> None:
     """Draws a request into one file, by its ending: a picture or (with `columns`) a sheet, an animation, `.npz` or tokens as `.npy`."""
     suffix = out.suffix.lower()
     metadata = request.metadata(pipeline, columns)
     if suffix == ".npy":
-        save_tokens(pipeline.generate_tokens(request.labels, seed=request.seeds, **request.settings, **drawing), out, metadata)
+        save_tokens(pipeline.generate_tokens(**request.arguments, **drawing), out, metadata)
     elif suffix == ".npz":
-        save_npz(draw_images(pipeline, request, **drawing), out, metadata)
+        save_npz(pipeline.generate(**request.arguments, **drawing), out, metadata)
     elif suffix == ".gif":
         save_gif([sheet(frame, columns or 1) for frame in draw_frames(pipeline, request, **drawing)], out, metadata)
     else:
-        save_image(sheet(draw_images(pipeline, request, **drawing), columns or 1), out, metadata)
+        save_image(sheet(pipeline.generate(**request.arguments, **drawing), columns or 1), out, metadata)
 
 
 def sheet_columns(request: Request, out: Path, grid: bool) -> int | None:
@@ -115,7 +115,7 @@ def draw_frames(pipeline: Pipeline, request: Request, **drawing: Any) -> list[Im
         hidden = masked.repeat(cell, 1).repeat(cell, 2)
         frames[step % steps].append(np.where(hidden[..., None], HIDDEN, images))
 
-    pipeline.generate_tokens(request.labels, seed=request.seeds, callback=keep, **request.settings, **drawing)
+    pipeline.generate_tokens(**request.arguments, callback=keep, **drawing)
     return [np.concatenate(frame) for frame in frames]
 
 
@@ -170,19 +170,16 @@ def write_folder(
     for start in range(0, len(missing), batch_size):
         chosen = missing[start : start + batch_size]
         batch = request.only(chosen)
+        drawn: Sequence[Any]
+        save: Callable[[Any, Path, dict[str, Any]], None]
         if suffix == ".gif":
-            animation = [to_pil(frame) for frame in draw_frames(pipeline, batch, batch_size=batch_size)]
+            frames = draw_frames(pipeline, batch, batch_size=batch_size)
+            drawn, save = list(zip(*map(to_pil, frames), strict=True)), save_gif
         elif suffix == ".npy":
-            tokens = pipeline.generate_tokens(batch.labels, seed=batch.seeds, batch_size=batch_size, **batch.settings)
+            drawn, save = list(pipeline.generate_tokens(**batch.arguments, batch_size=batch_size)[:, None]), save_tokens
         else:
-            images: list[Image.Image] = to_pil(draw_images(pipeline, batch, batch_size=batch_size))
-        for number, i in enumerate(chosen):
-            metadata = request.only([i]).metadata(pipeline)
-            if suffix == ".gif":
-                save_gif([frame[number] for frame in animation], paths[i], metadata)
-            elif suffix == ".npy":
-                save_tokens(tokens[number : number + 1], paths[i], metadata)
-            else:
-                save_image(images[number], paths[i], metadata)
+            drawn, save = to_pil(pipeline.generate(**batch.arguments, batch_size=batch_size)), save_image
+        for i, one in zip(chosen, drawn, strict=True):
+            save(one, paths[i], request.only([i]).metadata(pipeline))
             on_written(paths[i])
     return paths

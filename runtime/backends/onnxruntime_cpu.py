@@ -51,10 +51,9 @@ class OnnxRuntimeBackend:
         return tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        session = self.session(graph)
         try:
-            return self.session(graph).run(None, dict(inputs))
-        except (BackendError, KeyboardInterrupt):
-            raise
+            return session.run(None, dict(inputs))
         except Exception as error:
             raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error
 
