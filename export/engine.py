@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +9,19 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from ..errors import ExportError, InputError, reason
+from ..errors import InputError
+from ..graph_file import save
 from ..models.checkpoint import check_match, load_network, load_tokenizer
 from ..models.network import MODULATIONS, Network
 from ..models.presets import Sampling, preset, preset_class_names
 from ..models.tokenizer import Tokenizer
-from ..runtime.manifest import FILE, FORMAT, VERSION, file_entries, read_manifest, sha256
-from ..runtime.pictures import check_writable
+from ..runtime.manifest import FORMAT, VERSION, sha256
 from ..runtime.schedule import schedule
 from . import verify
+from .directory import check_target, producer, put_in_place, write_manifest
 from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean
 from .tables import OPSET, condition_graph, reference_sampler, sampler_graph
-from .trace import Port, save, trace
+from .trace import Port, trace
 
 Report = Callable[[str], None]
 
@@ -42,7 +39,7 @@ def export_engine(
     force: bool = False,
     report: Report = lambda line: None,
 ) -> list[verify.Check]:
-    """Exports a network, and with `vqgan` its image tokenizer, as the engine directory `out`. Returns the verification's figures.
+    """Exports a network, and with `vqgan` its image tokenizer, as the float32 engine directory `out`. Returns the verification's figures.
 
     heads, encoder_depth: as in the preset, else head_dim 64 and two decoder blocks. sampling: defaults (steps, cfg_scale, mask_temp,
     samp_temp) in place of the preset's. image_encoder: export the tokenizer's encoder too. force: replace an engine at `out`.
@@ -81,10 +78,7 @@ def export_engine(
     with put_in_place(out, force) as folder:
         checks = write_graphs(folder, network, tokenizer, image_encoder, report)
         report("writing the manifest")
-        manifest["files"] = file_entries(folder)
-        (folder / FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        read_manifest(folder, verify=False)
-    report(f"engine written to {out}")
+        write_manifest(folder, manifest)
     return checks
 
 
@@ -157,57 +151,3 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
             graph = trace(ImageEncoderGraph(tokenizer), next(verify.image_encoder_cases(size, batches=(2,))), [images], [tokens])
             add("image_encoder", graph, ImageEncoderGraph(tokenizer), verify.image_encoder_cases(size))
     return checks
-
-
-def producer() -> str:
-    from .. import __version__
-
-    return f"enat {__version__}"
-
-
-def check_target(out: Path, force: bool) -> None:
-    """Raises InputError where `out` exists and may not be replaced, or cannot be made."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: exists and is not a directory")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise InputError(f"{out}: exists; --force replaces it")
-        if not (out / FILE).is_file():
-            raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
-    check_writable(out)
-
-
-@contextlib.contextmanager
-def put_in_place(out: Path, force: bool) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not."""
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
-    try:
-        try:
-            yield partial
-            partial.chmod(0o755)
-            check_target(out, force)
-            replace(out, partial)
-        except OSError as error:
-            raise ExportError(f"{out}: not written: {reason(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace(out: Path, new: Path) -> None:
-    """Puts the directory `new` at `out`; the one that was there is removed only when the new one stands."""
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)

@@ -9,9 +9,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.network import Attention, Network
+from ..models.network import Attention, MLMHead, Network
 from ..models.tokenizer import Tokenizer, to_uint8
 
 
@@ -48,15 +49,29 @@ def halves(both: nn.Module) -> tuple[nn.Linear, nn.Linear]:
     return first, second
 
 
+class LeanHead(nn.Module):
+    """The prediction of tokens with the embeddings of the codes as constant weights, [MASK]'s cut off beforehand."""
+
+    def __init__(self, head: MLMHead, word_embeddings: Tensor) -> None:
+        super().__init__()
+        self.fc, self.ln = head.fc, head.ln
+        self.words = linear(word_embeddings[:-1], head.bias[0, 0, :-1])
+
+    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        return self.words(self.ln(F.gelu(self.fc(x))))
+
+
 @contextlib.contextmanager
 def lean(network: Network) -> Iterator[None]:
-    """Inside, every block's attention is in the form for tracing."""
-    originals = [block.attn for block in network.blocks]
+    """Inside, the head and every block's attention are in the form for tracing."""
+    head, originals = network.mlm_layer, [block.attn for block in network.blocks]
+    network.mlm_layer = LeanHead(head, network.x_embedder.word_embeddings.weight)  # type: ignore[assignment]
     for block in network.blocks:
         block.attn = LeanAttention(block.attn)  # type: ignore[arg-type]
     try:
         yield
     finally:
+        network.mlm_layer = head
         for block, original in zip(network.blocks, originals, strict=True):
             block.attn = original
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .tables import IR_VERSION, OPSET
 
-EXTERNAL_DATA_FROM = 64 * 2**20  # bytes of weights; smaller graphs hold theirs
+PRODUCTS = ("MatMul", "Conv")  # operators that multiply with weights
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,28 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Por
     model.ir_version = IR_VERSION
     for value, port in zip((*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True):
         value.shape = ir.Shape(port.dims)
+    name_weights(model)
     strip(model)
     return model
+
+
+def name_weights(model: ir.Model) -> None:
+    """Gives every product with constant weights its module's name, and its weights that name with `.weight` behind.
+
+    Layers are called by these names wherever precision is chosen: `blocks.3.attn.q`, `decoder.conv_in`.
+    """
+    for value in list(model.graph.initializers.values()):
+        value.name = without_root(value.name or "")
+    for node in model.graph:
+        if node.op_type in PRODUCTS and (weight := node.inputs[1]) is not None and weight.is_initializer():
+            *_, module, _ = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+            node.name = without_root(module)
+            weight.name = f"{node.name}.weight"
+
+
+def without_root(name: str) -> str:
+    """The name inside the network or the tokenizer, which a graph's module holds."""
+    return name.removeprefix("network.").removeprefix("tokenizer.")
 
 
 def strip(model: ir.Model) -> None:
@@ -66,15 +86,6 @@ def strip(model: ir.Model) -> None:
             output.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Writes a graph, large weights beside it in one file of its name with `.data` behind."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size < EXTERNAL_DATA_FROM:
-        ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
 
 
 @contextlib.contextmanager

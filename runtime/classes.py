@@ -43,10 +43,13 @@ def suggestion(model: ModelInfo, wanted: str) -> str:
     return f"; did you mean {', '.join(repr(names[name]) for name in near[:3])}?" if near else ""
 
 
-def parse_classes(model: ModelInfo, wanted: Iterable[str]) -> list[int]:
+def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
     """The classes that the words of a command line name, in their order: `207`, `golden retriever`, `10-19`, `A-F`, `#7`, `all`."""
     result: list[int] = []
     for word in wanted:
+        if isinstance(word, int):
+            result.append(class_index(model, word))
+            continue
         if word.casefold() == "all" and not by_name(model, word):
             result += range(model.num_classes)
             continue

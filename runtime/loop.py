@@ -14,6 +14,9 @@ from .schedule import Step
 # (step, tokens, positions, masked_positions): every token as chosen so far, at its position, and which positions stay masked
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], None]
 
+# (step, logits, positions) → tokens at the positions, the revealed ones' tokens and positions, and the positions that stay masked
+Choose = Callable[[Step, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+
 
 def sample(
     backend: Backend, manifest: Manifest, labels: Sequence[int], seeds: Sequence[int], steps: Sequence[Step], on_step: OnStep | None = None
@@ -23,11 +26,36 @@ def sample(
     labels, seeds: one an image; steps: from `schedule`. Returns the backend's (tokens, positions) [batch, length], in the order in
     which they were revealed. `on_step` is called after every step, with the revealed tokens and the step's choice for all others.
     """
+    noise = [tuple(map(backend.upload, step_noise(seeds, step.index, manifest.model.length))) for step in steps]
+
+    def choose(step: Step, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        choice_noise, confidence_noise = noise[step.index]
+        tokens, revealed_tokens, revealed_positions, masked_positions = backend.run(
+            "sampler",
+            {
+                "logits": logits,
+                "positions": positions,
+                "choice_noise": choice_noise,
+                "confidence_noise": confidence_noise,
+                "guidance": backend.upload(np.array(step.guidance, np.float32)),
+                "sampling_temperature": backend.upload(np.array(step.sampling_temperature, np.float32)),
+                "mask_temperature": backend.upload(np.array(step.mask_temperature, np.float32)),
+                "keep": backend.upload(np.array(step.keep, np.int64)),
+            },
+        )
+        return tokens, revealed_tokens, revealed_positions, masked_positions
+
+    return unroll(backend, manifest, labels, steps, choose, on_step)
+
+
+def unroll(
+    backend: Backend, manifest: Manifest, labels: Sequence[int], steps: Sequence[Step], choose: Choose, on_step: OnStep | None = None
+) -> tuple[Tensor, Tensor]:
+    """The network over all steps, whoever chooses the tokens. Returns (tokens, positions) in the order in which they were revealed."""
     model, batch = manifest.model, len(labels)
     guided = any(step.guidance > 0 for step in steps)
     rows = 2 * batch if guided else batch
     row_labels = np.array([*labels, *[model.num_classes] * (rows - batch)], np.int64)
-    noise = [tuple(map(backend.upload, step_noise(seeds, step.index, model.length))) for step in steps]
     encoder_modulation, decoder_modulation = backend.run("condition", {"labels": backend.upload(row_labels)})
     # Step 0 has no guidance, so it needs no unconditional rows.
     features = backend.upload(np.zeros((batch, 0, model.dim), FLOAT_TYPES[manifest.float_type]))
@@ -35,7 +63,7 @@ def sample(
     positions = backend.upload(np.tile(np.arange(model.length, dtype=np.int64), (batch, 1)))
     revealed_tokens: list[Tensor] = []
     revealed_positions: list[Tensor] = []
-    for step, (choice_noise, confidence_noise) in zip(steps, noise, strict=True):
+    for step in steps:
         if step.index > 0:
             if step.index == 1:
                 features = backend.upload(np.zeros((rows, 0, model.dim), FLOAT_TYPES[manifest.float_type]))
@@ -50,19 +78,7 @@ def sample(
                 },
             )
         (logits,) = backend.run("decoder", {"positions": positions, "features": features, "decoder_modulation": modulation})
-        tokens, step_tokens, step_positions, still_masked = backend.run(
-            "sampler",
-            {
-                "logits": logits,
-                "positions": positions,
-                "choice_noise": choice_noise,
-                "confidence_noise": confidence_noise,
-                "guidance": backend.upload(np.array(step.guidance, np.float32)),
-                "sampling_temperature": backend.upload(np.array(step.sampling_temperature, np.float32)),
-                "mask_temperature": backend.upload(np.array(step.mask_temperature, np.float32)),
-                "keep": backend.upload(np.array(step.keep, np.int64)),
-            },
-        )
+        tokens, step_tokens, step_positions, still_masked = choose(step, logits, positions)
         if on_step:
             all_tokens = backend.concatenate([*revealed_tokens, tokens])
             on_step(step, all_tokens, backend.concatenate([*revealed_positions, positions]), still_masked)

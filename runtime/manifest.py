@@ -49,7 +49,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine directory says of itself. `hash` is the SHA-256 of manifest.json, which holds those of all files."""
+    """What an engine directory says of itself. `source` tells what it was made from, `hash` is the SHA-256 of manifest.json, which holds
+    those of all files."""
 
     folder: Path
     model: ModelInfo
@@ -57,6 +58,7 @@ class Manifest:
     precision: str
     float_type: str
     files: dict[str, dict[str, Any]]
+    source: dict[str, Any]
     hash: str
 
     def path(self, name: str) -> Path:
@@ -108,6 +110,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         precision=reader.text(data, "precision"),
         float_type=reader.choice(data, "float_type", ("float32", "float16")),
         files=files,
+        source=reader.section(data, "source") if "source" in data else {},
         hash=hashlib.sha256(raw).hexdigest(),
     )
     reader.expect(

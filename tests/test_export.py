@@ -277,11 +277,11 @@ def test_presets() -> None:
 
 def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights over the limit lie beside their graph, and the engine runs the same."""
-    import enat.export.trace as trace
+    import enat.graph_file as graph_file
 
     inline, external = tmp_path / "inline", tmp_path / "external"
     assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", inline).exit_code == 0
-    monkeypatch.setattr(trace, "EXTERNAL_DATA_FROM", 100_000)
+    monkeypatch.setattr(graph_file, "EXTERNAL_DATA_FROM", 100_000)
     assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", external).exit_code == 0
     assert (external / "encoder.onnx.data").exists()
     assert "encoder.onnx.data" in json.loads((external / "manifest.json").read_text())["files"]

@@ -14,7 +14,8 @@ PACKAGE = Path(next(iter(importlib.util.find_spec("enat").submodule_search_locat
 ROOMS = {
     "runtime": (set(), {"torch", "onnx", "onnx_ir", "onnxscript"}),
     "models": (set(), {"onnx", "onnx_ir", "onnxruntime"}),
-    "export": ({"models", "runtime"}, set()),
+    "calibration": ({"runtime"}, {"torch"}),
+    "export": ({"models", "runtime", "calibration"}, set()),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,15 @@ class OnnxRuntimeBackend:
     def session(self, graph: str) -> ort.InferenceSession:
         with self.lock:
             if graph not in self.sessions:
-                path = self.manifest.path(f"{graph}.onnx")
+                path = self.path(graph)
                 try:
                     self.sessions[graph] = ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
                 except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
                     raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
             return self.sessions[graph]
+
+    def path(self, graph: str) -> Path:
+        return self.manifest.path(f"{graph}.onnx")
 
     def upload(self, array: Array) -> Array:
         return array

@@ -1,0 +1,215 @@
+"""Calibration, whole: what a float32 engine's own runs say about ranges, smoothing and which layers to leave alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..errors import ExportError, InputError
+from ..runtime.manifest import Manifest
+from ..runtime.pictures import WholeFile
+from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
+from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
+from .sensitivity import SwitchedBackend, harms, keep_float
+from .smooth import ALPHA, Factors, factors, smooth
+from .statistics import METHODS, Statistic
+from .tapped import TappedBackend
+from .trajectory import Trajectory, replay
+
+Report = Callable[[str], None]
+
+LEAST_IMAGES = 8
+SENSITIVITY_IMAGES = 2
+IMAGE_DECODER_IMAGES = 32  # pictures are alike inside the decoder: fewer do
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate. smoothquant: its exponent alpha, 0 for none. float_layers: kept in float, None to choose by sensitivity."""
+
+    method: str = "percentile"
+    smoothquant: float = ALPHA
+    weight_bits: int = 8
+    images: int = 64
+    classes: tuple[str | int, ...] | None = None  # numbers, names and ranges; None: spread over all
+    seed: int = 0
+    modulation: str = "int8"  # or "float"
+    float_layers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"unknown calibration method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if not 0 <= self.smoothquant <= 1:
+            raise InputError(f"expected a SmoothQuant exponent of 0 (none) to 1, got {self.smoothquant}")
+        if self.weight_bits not in WEIGHT_LIMITS:
+            raise InputError(f"expected {' or '.join(map(str, WEIGHT_LIMITS))} bits for weights, got {self.weight_bits}")
+        if self.images < LEAST_IMAGES:
+            raise InputError(f"{self.images} calibration images are too few; expected at least {LEAST_IMAGES}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found, for one float32 engine (`fingerprint`) and settings: enough to write the quantized graphs."""
+
+    fingerprint: str
+    settings: Settings
+    factors: dict[str, NDArray[np.float32]]  # by group
+    ranges: dict[tuple[str, str], float]  # (graph, value) → largest magnitude
+    harm: dict[str, float]  # of every group alone; empty where it was not measured
+    float_groups: list[str] = field(default_factory=list)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """Identifies an engine's graphs and weights."""
+    entries = {name: entry["sha256"] for name, entry in manifest.files.items() if name.split(".")[0] in (*GRAPHS, "condition")}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def calibrate(
+    manifest: Manifest,
+    graphs: Graphs,
+    trajectories: Sequence[Trajectory],
+    settings: Settings,
+    scratch: Path,
+    report: Report = lambda line: None,
+    progress: bool = False,
+) -> Calibration:
+    """Calibrates a float32 engine on recorded runs of its own. scratch: a folder for copies of the graphs."""
+    groups = find_groups(find_products(graphs))
+    report("calibration: watching the inputs of the products")
+    statistics = observe(manifest, graphs, groups, trajectories, scratch, progress)
+    chosen: list[Factors] = []
+    if settings.smoothquant:
+        found = [factors(graphs, group, statistics[group.graph, group.input], settings.smoothquant) for group in groups]
+        chosen = [one for one in found if one]
+        graphs = smooth(graphs, chosen, manifest.model)
+        report("calibration: watching again, smoothed")
+        network = [group for group in groups if group.graph in NETWORK]
+        statistics |= observe(manifest, graphs, network, trajectories, scratch, progress)
+    report(f"calibration: ranges by {settings.method}")
+    ranges = {key: METHODS[settings.method](statistic) for key, statistic in statistics.items()}
+    harm: dict[str, float] = {}
+    if settings.float_layers is None:
+        report(f"calibration: sensitivity of {len(groups)} groups of layers")
+        harm = sensitivity(manifest, graphs, groups, ranges, settings, trajectories, scratch, progress)
+        work = {group.name: sum(multiply_adds(product, trajectories[0].steps) for product in group.products) for group in groups}
+        float_groups = [group.name for group in keep_float(groups, harm, work)]
+    else:
+        float_groups = [group.name for group in named_groups(groups, settings.float_layers)]
+    return Calibration(fingerprint(manifest), settings, {one.group.name: one.values for one in chosen}, ranges, harm, float_groups)
+
+
+def observe(
+    manifest: Manifest, graphs: Graphs, groups: Sequence[Group], trajectories: Sequence[Trajectory], scratch: Path, progress: bool
+) -> dict[tuple[str, str], Statistic]:
+    """Statistics of every group's input, and of convolutions' outputs, over all steps of the trajectories: by (graph, value)."""
+    axes: dict[tuple[str, str], int] = {}
+    for group in groups:
+        axes[group.graph, group.input] = group.channel_axis
+        axes |= {(group.graph, product.output): product.channel_axis for product in group.products if product.kind == "Conv"}
+    statistics = {key: Statistic() for key in axes}
+
+    def watch(graph: str, name: str, value: NDArray[Any]) -> None:
+        try:
+            statistics[graph, name].add(value, axes[graph, name])
+        except ValueError as error:
+            raise ExportError(f"{graph}.onnx: {name} holds {error}: the float32 engine itself is broken") from error
+
+    taps = {graph: [value for owner, value in axes if owner == graph] for graph in {graph for graph, _ in axes}}
+    images_left = IMAGE_DECODER_IMAGES if "image_decoder" in taps else 0
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        backend = TappedBackend(manifest, graphs, Path(folder), taps, watch)
+        total = sum(len(one.labels) for one in trajectories)
+        with tqdm(total=total, unit="image", disable=None if progress else True, leave=False) as bar:
+            for one in trajectories:
+                replay(backend, manifest, one, lambda step, logits: None)
+                for i in range(min(len(one.labels), images_left)):  # one by one: a picture's features are large
+                    backend.run("image_decoder", {"tokens": one.tokens[i : i + 1], "positions": one.positions[i : i + 1]})
+                images_left -= min(len(one.labels), images_left)
+                bar.update(len(one.labels))
+        backend.close()
+    return statistics
+
+
+def sensitivity(
+    manifest: Manifest,
+    graphs: Graphs,
+    groups: Sequence[Group],
+    ranges: dict[tuple[str, str], float],
+    settings: Settings,
+    trajectories: Sequence[Trajectory],
+    scratch: Path,
+    progress: bool,
+) -> dict[str, float]:
+    """The harm of every group, on a few of the trajectories."""
+    enough = next((n for n in range(1, len(trajectories)) if sum(len(t.labels) for t in trajectories[:n]) >= SENSITIVITY_IMAGES), None)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        backend = SwitchedBackend(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
+        chosen = trajectories[:enough]
+        with tqdm(total=len(groups) * len(chosen), unit="measurement", disable=None if progress else True, leave=False) as bar:
+            result = harms(backend, manifest, chosen, bar.update)
+        backend.close()
+    return result
+
+
+def named_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
+    """The groups of these layers. Raises InputError for a name that no layer has."""
+    layers = {product.name: group for group in groups for product in group.products}
+    for name in names:
+        if name not in layers:
+            raise InputError(f"no layer is called {name!r}; layers are called like {', '.join(list(layers)[:3])}")
+    return [group for group in groups if any(layers[name] is group for name in names)]
+
+
+def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibration) -> tuple[Graphs, Graphs]:
+    """The engine's float32 graphs, smoothed; and from these the quantized ones."""
+    groups = find_groups(find_products(graphs))
+    smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in groups if g.name in calibration.factors], manifest.model)
+    settings = calibration.settings
+    chosen = [group for group in groups if group.name not in calibration.float_groups]
+    result = quantize(smoothed, chosen, calibration.ranges, settings.weight_bits)
+    if settings.modulation == "int8":
+        result["condition"] = quantize_tables(smoothed["condition"])
+    return smoothed, result
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes what was found as .npz, whole or not at all."""
+    head = {
+        "fingerprint": calibration.fingerprint,
+        "settings": asdict(calibration.settings),
+        "ranges": [[*key, value] for key, value in calibration.ranges.items()],
+        "harm": calibration.harm,
+        "float_groups": calibration.float_groups,
+    }
+    factors = {f"factors:{name}": values for name, values in calibration.factors.items()}
+    with WholeFile(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, head=np.array(json.dumps(head)), **factors)
+
+
+def load_calibration(path: Path, manifest: Manifest) -> Calibration:
+    """Reads a calibration back. Raises InputError where it is none, or was made for another engine."""
+    try:
+        with np.load(path) as data:
+            head = json.loads(str(data["head"]))
+            found = {name.removeprefix("factors:"): data[name] for name in data.files if name != "head"}
+        settings = head["settings"]
+        for name in ("classes", "float_layers"):
+            settings[name] = None if settings[name] is None else tuple(settings[name])
+        ranges = {(graph, value): limit for graph, value, limit in head["ranges"]}
+        result = Calibration(head["fingerprint"], Settings(**settings), found, ranges, head["harm"], head["float_groups"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a calibration written by enat-export: {error}") from error
+    if result.fingerprint != fingerprint(manifest):
+        raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")
+    return result

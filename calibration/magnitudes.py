@@ -1,0 +1,71 @@
+"""How large the values inside an engine's graphs get on its own runs: what float16 must hold."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..runtime.manifest import Manifest
+from .products import GRAPHS, Graphs
+from .quantize import constant, describe
+from .tapped import TappedBackend
+from .trajectory import Trajectory, replay
+
+
+def magnitudes(
+    manifest: Manifest, graphs: Graphs, trajectories: Sequence[Trajectory], scratch: Path, progress: bool = False
+) -> dict[tuple[str, str], float]:
+    """The largest magnitude of every float value inside the network and the image decoder: by (graph, value)."""
+    largest: dict[tuple[str, str], float] = {}
+    measured = {name: with_maxima(graphs[name]) for name in GRAPHS if name in graphs}
+    names = {(graph, output): value for graph, (_, outputs) in measured.items() for output, value in outputs.items()}
+
+    def watch(graph: str, output: str, found: NDArray[Any]) -> None:
+        key = (graph, names[graph, output])
+        # NaN must not get lost in a comparison.
+        largest[key] = float(np.nan_to_num(np.maximum(largest.get(key, 0.0), found), nan=np.inf))
+
+    taps = {graph: list(outputs) for graph, (_, outputs) in measured.items()}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        changed = {name: model for name, (model, _) in measured.items()} | {"condition": graphs["condition"]}
+        backend = TappedBackend(manifest, changed, Path(folder), taps, watch)
+        total = sum(len(one.labels) for one in trajectories)
+        with tqdm(total=total, unit="image", disable=None if progress else True, leave=False) as bar:
+            for one in trajectories:
+                replay(backend, manifest, one, lambda step, logits: None)
+                if "image_decoder" in measured:
+                    backend.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
+                bar.update(len(one.labels))
+        backend.close()
+    return largest
+
+
+def with_maxima(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:
+    """A copy of a graph that measures its float values, and which value each of the new outputs measures."""
+    model = model.clone()
+    graph = model.graph
+    flat = constant(graph, "measured_shape", np.array([-1], np.int64))
+    zero = constant(graph, "measured_nothing", np.zeros(1, np.float32))  # a value may be empty
+    outputs = {}
+    values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    for value in (*graph.inputs, *values):
+        if value.dtype != ir.DataType.FLOAT:
+            continue
+        name = f"{value.name}_magnitude"
+        nodes = [ir.node("Abs", [value])]
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], flat]))
+        nodes.append(ir.node("Concat", [nodes[-1].outputs[0], zero], {"axis": 0}))
+        nodes.append(ir.node("ReduceMax", [nodes[-1].outputs[0]], {"keepdims": 0}))
+        shapes = (value.shape, ir.Shape([None]), ir.Shape([None]), ir.Shape([]))
+        for node, shape, suffix in zip(nodes, shapes, ("_abs", "_flat", "_all", ""), strict=True):
+            describe(node, name + suffix, shape, ir.DataType.FLOAT)
+        graph.extend(nodes)
+        outputs[name] = str(value.name)
+    return model, outputs

@@ -1,0 +1,150 @@
+"""Q/DQ pairs written into graphs: 8-bit weights, 8-bit inputs of the products that multiply with them.
+
+Weights: int8, symmetric, a scale for every output channel. Inputs: symmetric, one scale a tensor, stored unsigned with zero point 128,
+which ONNX Runtime's kernels want; the signed number 128 less is the same value. Nothing is quantized behind a matrix product; behind a
+convolution the output is, since ONNX Runtime convolves in 8 bits only between two quantized tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .products import Graphs, Group, Product
+from .smooth import array
+
+ZERO_POINT = 128
+INPUT_LIMIT = 127
+WEIGHT_LIMITS = {8: 127, 7: 63}  # bits → largest magnitude; 7 bits keep 255·63·2 within the 16 bits of kernels without VNNI
+
+Floats = NDArray[np.float32]
+Ranges = Mapping[tuple[str, str], float]  # (graph, value name) → largest magnitude
+
+# (graph, group, quantized value, float value) → what is used: a choice between the two at run time, or simply the first
+Switch = Callable[[ir.Graph, Group, ir.Value, ir.Value], ir.Value]
+
+
+def always(graph: ir.Graph, group: Group, quantized: ir.Value, value: ir.Value) -> ir.Value:
+    return quantized
+
+
+def quantize(graphs: Graphs, groups: Collection[Group], ranges: Ranges, weight_bits: int = 8, switch: Switch = always) -> Graphs:
+    """Copies of the graphs with the groups' products in 8 bits. ranges: of every group's input, and of convolutions' outputs."""
+    result = dict(graphs)
+    for graph in {group.graph for group in groups}:
+        result[graph] = model = graphs[graph].clone()
+        nodes = {node.name: node for node in model.graph}
+        for group in groups:
+            if group.graph != graph:
+                continue
+            consumers = [nodes[product.name] for product in group.products]
+            value = consumers[0].inputs[0]
+            assert value is not None
+            used = switch(model.graph, group, quantized_value(model.graph, value, ranges[graph, group.input]), value)
+            for product, node in zip(group.products, consumers, strict=True):
+                node.replace_input_with(0, used)
+                weight = node.inputs[1]
+                assert weight is not None
+                quantized = quantized_weights(model.graph, weight, product, WEIGHT_LIMITS[weight_bits])
+                node.replace_input_with(1, switch(model.graph, group, quantized, weight))
+                if product.kind == "Conv":
+                    output = node.outputs[0]
+                    users = list(output.uses())
+                    used_output = switch(model.graph, group, quantized_value(model.graph, output, ranges[graph, product.output]), output)
+                    for user, index in users:
+                        user.replace_input_with(index, used_output)
+        drop_unused(model.graph)
+    return result
+
+
+def quantized_value(graph: ir.Graph, value: ir.Value, limit: float) -> ir.Value:
+    """Q and DQ right behind what makes a value; returns what is used in its place."""
+    producer = value.producer()
+    assert producer is not None
+    smallest = float(np.finfo(np.float32).tiny)
+    scale = constant(graph, f"{value.name}_scale", np.float32(max(limit / INPUT_LIMIT, smallest)))
+    zero = constant(graph, f"{value.name}_zero_point", np.uint8(ZERO_POINT))
+    q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}_quantize")
+    dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{value.name}_dequantize")
+    for node, suffix, dtype in ((q, "quantized", ir.DataType.UINT8), (dq, "dequantized", ir.DataType.FLOAT)):
+        describe(node, f"{value.name}_{suffix}", value.shape, dtype)
+    graph.insert_after(producer, [q, dq])
+    return dq.outputs[0]
+
+
+def quantized_weights(graph: ir.Graph, weight: ir.Value, product: Product, limit: int) -> ir.Value:
+    """DQ on 8-bit weights; returns what takes the place of a product's float weights, and their name."""
+    levels, scales = quantize_channels(array(weight), product.weight_axis, limit)
+    name = f"{product.name}.weight"
+    weight.name = f"{name}_float"
+    stored = [constant(graph, f"{name}_int8", levels), constant(graph, f"{name}_scale", scales)]
+    dq = ir.node("DequantizeLinear", stored, {"axis": product.weight_axis}, name=f"{name}_dequantize")
+    describe(dq, name, weight.shape, ir.DataType.FLOAT)
+    graph.insert_before(next(iter(graph)), dq)
+    return dq.outputs[0]
+
+
+def quantize_channels(weights: Floats, axis: int, limit: int) -> tuple[NDArray[np.int8], Floats]:
+    """weights → int8 of the same shape in [−limit, limit], and a scale for every index along `axis`."""
+    others = tuple(i for i in range(weights.ndim) if i != axis)
+    magnitudes = np.abs(weights).max(axis=others)
+    scales = np.where(magnitudes > 0, magnitudes / limit, 1).astype(np.float32)
+    shape = [-1 if i == axis else 1 for i in range(weights.ndim)]
+    return np.clip(np.rint(weights / scales.reshape(shape)), -limit, limit).astype(np.int8), scales
+
+
+def quantize_tables(condition: ir.Model) -> ir.Model:
+    """The modulation tables in 8 bits with one scale a column: an entry is level · scale + the middle of its column's range."""
+    model = condition.clone()
+    graph = model.graph
+    for index, output in enumerate(list(graph.outputs)):
+        gather = output.producer()
+        assert gather is not None and gather.inputs[0] is not None
+        table = gather.inputs[0]
+        name, levels, scales, middle = str(table.name), *quantize_columns(array(table))
+        rows = ir.node("Gather", [constant(graph, f"{name}_int8", levels), gather.inputs[1]])
+        cast = ir.node("Cast", [rows.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+        scaled = ir.node("Mul", [cast.outputs[0], constant(graph, f"{name}_scale", scales)])
+        moved = ir.node("Add", [scaled.outputs[0], constant(graph, f"{name}_middle", middle)])
+        describe(rows, f"{name}_levels", output.shape, ir.DataType.INT8)
+        for node, suffix in ((cast, "cast"), (scaled, "scaled"), (moved, "moved")):
+            describe(node, f"{name}_{suffix}", output.shape, ir.DataType.FLOAT)
+        graph.insert_after(gather, [rows, cast, scaled, moved])
+        graph.outputs[index] = moved.outputs[0]
+        graph.remove(gather, safe=True)
+        moved.outputs[0].name = output.name
+    drop_unused(graph)
+    return model
+
+
+def quantize_columns(table: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
+    """A table [rows, …] → int8 levels of its shape, and scale and middle of every column."""
+    low, high = table.min(0), table.max(0)
+    scales = np.where(high > low, (high - low) / (2 * INPUT_LIMIT), 1).astype(np.float32)
+    middle = ((low + high) / 2).astype(np.float32)
+    levels = np.empty(table.shape, np.int8)
+    for row, values in enumerate(table):  # row by row: at size L the table has 0.8 GB
+        levels[row] = np.clip(np.rint((values - middle) / scales), -INPUT_LIMIT, INPUT_LIMIT)
+    return levels, scales, middle
+
+
+def describe(node: ir.Node, name: str, shape: ir.Shape | None, dtype: ir.DataType) -> None:
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, shape, ir.TensorType(dtype)
+
+
+def constant(graph: ir.Graph, name: str, values: np.generic | NDArray[np.generic]) -> ir.Value:
+    """A new initializer of a graph."""
+    tensor = ir.tensor(np.asarray(values), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Takes out constants that nothing reads any more."""
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+        graph.initializers.pop(name)

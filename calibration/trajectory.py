@@ -1,0 +1,104 @@
+"""The network's own data: runs of an engine's sampling loop, recorded, and replayed with any engine of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..runtime.backends import Backend, Tensor
+from ..runtime.loop import unroll
+from ..runtime.manifest import Manifest, ModelInfo
+from ..runtime.pipeline import Pipeline
+from ..runtime.schedule import Step
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch drawn: tokens and positions [batch, length] in the order in which they were revealed, over `steps`."""
+
+    labels: Sequence[int]
+    steps: Sequence[Step]
+    tokens: Ints
+    positions: Ints
+
+
+def spread_labels(model: ModelInfo, images: int, classes: Sequence[int] | None = None) -> list[int]:
+    """Labels for `images` runs, as many different ones as there can be: of `classes`, or evenly over all of the model's."""
+    chosen = list(range(model.num_classes)) if classes is None else list(classes)
+    if images < len(chosen) and classes is not None:
+        raise InputError(f"{images} images are too few for {len(chosen)} calibration classes; expected at least one a class")
+    if images >= len(chosen):
+        return [chosen[i % len(chosen)] for i in range(images)]
+    return [chosen[i * len(chosen) // images] for i in range(images)]
+
+
+def record(
+    pipeline: Pipeline, labels: Sequence[int], seed: int, batch_size: int, advance: Callable[[int], object] = lambda n: None
+) -> list[Trajectory]:
+    """Draws with the engine's own settings: image i has labels[i] and seed + i. `advance` is told of finished images."""
+    steps = pipeline.schedule()
+    seeds = [(seed + i) % 2**64 for i in range(len(labels))]
+    result = []
+    for start in range(0, len(labels), batch_size):
+        chosen = slice(start, start + batch_size)
+        ((tokens, positions),) = pipeline.draw(list(labels[chosen]), seeds[chosen], steps, batch_size, None, False)
+        download = pipeline.backend.download
+        result.append(Trajectory(labels[chosen], steps, download(tokens), download(positions)))
+        advance(len(labels[chosen]))
+    return result
+
+
+def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logits: Callable[[Step, Tensor], None]) -> None:
+    """Runs the network along a trajectory: the tokens are the recorded ones, the features those that this engine computes.
+
+    `on_logits` gets every step's logits at trajectory.positions[:, step.visible:], on the backend.
+    """
+
+    def choose(step: Step, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        on_logits(step, logits)
+        first, after = step.visible, step.visible + step.masked - step.keep
+        tokens, where = trajectory.tokens, trajectory.positions
+        parts = (tokens[:, first:], tokens[:, first:after], where[:, first:after], where[:, after:])
+        # The next step's positions follow the trajectory's order, not the loop's: the order of masked positions changes nothing.
+        return tuple(backend.upload(np.ascontiguousarray(part)) for part in parts)  # type: ignore[return-value]
+
+    unroll(backend, manifest, trajectory.labels, trajectory.steps, choose)
+
+
+def replayed_logits(backend: Backend, manifest: Manifest, trajectory: Trajectory) -> list[Floats]:
+    """Every step's guided logits along a trajectory, float32 [batch, masked, codes]."""
+    result: list[Floats] = []
+    replay(
+        backend, manifest, trajectory, lambda step, logits: result.append(guided(backend.download(logits), step, len(trajectory.labels)))
+    )
+    return result
+
+
+def guided(logits: Floats, step: Step, batch: int) -> Floats:
+    """What the sampler makes of a step's logits [rows, masked, codes] before it draws."""
+    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
+    return conditional + np.float32(step.guidance) * (conditional - unconditional)
+
+
+def log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def divergence(logits: Floats, reference: Floats) -> Floats:
+    """Kullback-Leibler divergence of softmax(logits) from softmax(reference) in nats, one value a position: [batch, masked]."""
+    expected, found = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
+    return (np.exp(expected) * (expected - found)).sum(-1)
+
+
+def batches(labels: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(labels), size):
+        yield labels[start : start + size]

@@ -1,0 +1,220 @@
+"""How far an engine is from its float32 original: along the original's trajectories, in pictures, and left to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ..calibration.products import NETWORK, find_products, int8_share, load_graphs
+from ..calibration.trajectory import Trajectory, divergence, guided, record, replay, spread_labels
+from ..errors import ExportError, InputError
+from ..runtime.backends import Backend, Tensor
+from ..runtime.pipeline import Images, Pipeline
+from ..runtime.schedule import Step
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One engine against another.
+
+    By step, along the reference's trajectories: how many positions were compared, the mean Kullback-Leibler divergence of the guided
+    logits in nats, the share of positions with the same most likely token, and the relative error of the features (root of the squared
+    error over the squared size). Then the image decoder's PSNR in dB on the reference's tokens (mean over the pictures' errors, and the
+    worst picture), the share of equal tokens of free runs at the same seeds, the int8 share of the multiply-adds with constant weights,
+    whole and by part, and sizes in bytes without the image encoder.
+    """
+
+    images: int
+    seed: int
+    positions: NDArray[np.int64]  # [steps]
+    step_divergence: Floats  # [steps]
+    step_top1: Floats  # [steps]
+    step_features: Floats  # [steps]; nothing is encoded before the first
+    psnr: float | None
+    least_psnr: float | None
+    tokens_equal: float
+    share: dict[str, float]
+    bytes: int
+    reference_bytes: int
+    pictures: tuple[Images, Images] | None  # free runs: the reference's, the engine's
+
+    @property
+    def divergence(self) -> float:
+        """Mean over all positions of all steps, nats."""
+        return float(np.average(self.step_divergence, weights=self.positions))
+
+    @property
+    def top1(self) -> float:
+        return float(np.average(self.step_top1, weights=self.positions))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain numbers."""
+        return {
+            "images": self.images,
+            "seed": self.seed,
+            "divergence": self.divergence,
+            "top1": self.top1,
+            "features": float(self.step_features[-1]),
+            "psnr": self.psnr,
+            "least_psnr": self.least_psnr,
+            "tokens_equal": self.tokens_equal,
+            "int8_share": self.share,
+            "bytes": self.bytes,
+            "reference_bytes": self.reference_bytes,
+            "steps": [
+                {"positions": int(n), "divergence": float(d), "top1": float(t), "features": float(f)}
+                for n, d, t, f in zip(self.positions, self.step_divergence, self.step_top1, self.step_features, strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        pictures = "" if self.psnr is None else f", pictures {self.psnr:.1f} dB"
+        return f"divergence {self.divergence:.2g} nats, top-1 agreement {self.top1:.2%}{pictures}"
+
+
+def compare(
+    engine: Pipeline,
+    reference: Pipeline,
+    images: int = 64,
+    seed: int = 0,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Comparison:
+    """Compares an engine with another of the same model: `images` pictures over the classes, image i with seed + i.
+
+    Raises InputError where they are not of the same model, ExportError where a value is not finite.
+    """
+    check_same_model(engine, reference)
+    if images < 1:
+        raise InputError(f"expected 1 or more images, got {images}")
+    labels = spread_labels(reference.manifest.model, images, classes)
+    sums = np.zeros((len(reference.schedule()), 5))  # positions, divergence, top-1, squared error of features, their squares
+    psnr_errors, equal = [], 0.0
+    drawn: list[tuple[Images, Images]] = []
+    with tqdm(total=images, unit="image", disable=None if progress else True, leave=False) as bar:
+        for start in range(0, images, batch_size):
+            chosen = labels[start : start + batch_size]
+            (one,) = record(reference, chosen, seed + start, batch_size)
+            add_steps(sums, replayed(engine, one), replayed(reference, one), one)
+            (own,) = record(engine, chosen, seed + start, batch_size)
+            equal += float((raster(own) == raster(one)).mean()) * len(chosen) / images
+            if engine.manifest.has("image_decoder.onnx") and reference.manifest.has("image_decoder.onnx"):
+                expected = picture(reference, one)
+                error = (picture(engine, one).astype(np.float64) - expected) ** 2
+                psnr_errors.extend(error.mean((1, 2, 3)))
+                drawn.append((expected, picture(engine, own)))
+            bar.update(len(chosen))
+    if not np.isfinite(sums).all():
+        raise ExportError(f"{engine.manifest.folder}: features or logits are not finite")
+    return Comparison(
+        images=images,
+        seed=seed,
+        positions=sums[:, 0].astype(np.int64),
+        step_divergence=sums[:, 1] / sums[:, 0],
+        step_top1=sums[:, 2] / sums[:, 0],
+        step_features=np.sqrt(sums[:, 3] / np.maximum(sums[:, 4], 1e-30)),
+        psnr=psnr(float(np.mean(psnr_errors))) if psnr_errors else None,
+        least_psnr=psnr(max(psnr_errors)) if psnr_errors else None,
+        tokens_equal=equal,
+        share=shares(engine),
+        bytes=engine_bytes(engine),
+        reference_bytes=engine_bytes(reference),
+        pictures=(np.concatenate([a for a, _ in drawn]), np.concatenate([b for _, b in drawn])) if drawn else None,
+    )
+
+
+def check_same_model(engine: Pipeline, reference: Pipeline) -> None:
+    """Raises InputError where two engines were made from different checkpoints."""
+    one, other = engine.manifest, reference.manifest
+    for name, found, expected in (
+        *(
+            (name, getattr(one.model, name), getattr(other.model, name))
+            for name in ("grid", "dim", "codes", "num_classes", "encoder_depth")
+        ),
+        *((name, one.source.get(name), other.source.get(name)) for name in ("checkpoint_sha256", "tokenizer_sha256")),
+    ):
+        if found != expected:
+            raise InputError(f"{one.folder} and {other.folder} are engines of different models: {name} is {found} and {expected}")
+
+
+Recorded = list[tuple[Step, NDArray[Any], NDArray[Any] | None]]  # step, guided logits, features of the visible tokens
+
+
+class Listener:
+    """A backend that keeps what the encoder gave last."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.features: Tensor = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def run(self, graph: str, inputs: Any) -> Sequence[Tensor]:
+        outputs = self.backend.run(graph, inputs)
+        if graph == "encoder":
+            (self.features,) = outputs
+        return outputs
+
+
+def replayed(pipeline: Pipeline, trajectory: Trajectory) -> Recorded:
+    result: Recorded = []
+    backend: Any = Listener(pipeline.backend)
+    batch = len(trajectory.labels)
+
+    def on_logits(step: Step, logits: Tensor) -> None:
+        features = None if backend.features is None else backend.download(backend.features).astype(np.float32)
+        result.append((step, guided(backend.download(logits), step, batch), features))
+
+    replay(backend, pipeline.manifest, trajectory, on_logits)
+    return result
+
+
+def add_steps(sums: Floats, found: Recorded, expected: Recorded, trajectory: Trajectory) -> None:
+    for row, (_, logits, features), (_, wanted, wanted_features) in zip(sums, found, expected, strict=True):
+        row[0] += wanted[..., 0].size
+        row[1] += divergence(logits, wanted).sum()
+        row[2] += (logits.argmax(-1) == wanted.argmax(-1)).sum()
+        if features is not None and wanted_features is not None:
+            row[3] += ((features - wanted_features).astype(np.float64) ** 2).sum()
+            row[4] += (wanted_features.astype(np.float64) ** 2).sum()
+
+
+def picture(pipeline: Pipeline, trajectory: Trajectory) -> Images:
+    upload = pipeline.backend.upload
+    return pipeline.decode_tensors(upload(trajectory.tokens), upload(trajectory.positions))
+
+
+def raster(trajectory: Trajectory) -> NDArray[np.int64]:
+    result = np.empty_like(trajectory.tokens)
+    np.put_along_axis(result, trajectory.positions, trajectory.tokens, axis=1)
+    return result
+
+
+def psnr(squared_error: float) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures in dB; equal pictures count as an error of one hundredth of a level."""
+    return float(10 * np.log10(255**2 / max(squared_error, 1e-4)))
+
+
+def shares(pipeline: Pipeline) -> dict[str, float]:
+    """The int8 share of the multiply-adds with constant weights, of the network, the image decoder, and all."""
+    products, steps = find_products(load_graphs(pipeline.manifest)), pipeline.schedule()
+    parts = {
+        "network": [product for product in products if product.graph in NETWORK],
+        "image_decoder": [product for product in products if product.graph not in NETWORK],
+        "all": products,
+    }
+    return {name: int8_share(part, steps) for name, part in parts.items() if part}
+
+
+def engine_bytes(pipeline: Pipeline) -> int:
+    """All files of an engine but the image encoder's."""
+    return sum(entry["size"] for name, entry in pipeline.manifest.files.items() if not name.startswith("image_encoder."))

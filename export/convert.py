@@ -1,0 +1,184 @@
+"""A float32 engine becomes one in float16 or 8 bits, calibrated on its own runs and compared before it is put in place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..calibration.calibrate import Calibration, Settings, calibrate, load_calibration, quantized_graphs, save_calibration
+from ..calibration.magnitudes import magnitudes
+from ..calibration.products import Graphs, find_products, int8_share, load_graphs
+from ..calibration.trajectory import Trajectory, record, spread_labels
+from ..errors import ExportError, InputError
+from ..graph_file import save
+from ..runtime.classes import parse_classes
+from ..runtime.manifest import FILE, read_manifest
+from ..runtime.pipeline import Pipeline
+from .compare import Comparison, compare
+from .directory import check_target, producer, put_in_place, write_manifest
+from .precision import FLOAT32_OPS, out_of_range, to_float16
+
+Report = Callable[[str], None]
+
+PRECISIONS = ("fp32", "fp16", "int8")
+FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}
+BATCH = 2  # images at once while values inside are watched
+MAGNITUDE_IMAGES = 16
+COMPARED_IMAGES = 16
+COMPARED_SEED = 2**32  # far from those of calibration
+WORST_DIVERGENCE = 1.0  # nats; an engine beyond is broken, not imprecise
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What an engine computes in. float_type: of whatever an int8 engine does not quantize."""
+
+    name: str
+    float_type: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.name not in PRECISIONS[1:]:
+            raise InputError(f"unknown precision {self.name!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.float_type not in FLOAT_TYPES:
+            raise InputError(f"unknown float type {self.float_type!r}; expected {' or '.join(FLOAT_TYPES)}")
+
+    @property
+    def float16(self) -> bool:
+        return self.name == "fp16" or self.float_type == "fp16"
+
+
+def convert_engine(
+    source: Path,
+    out: Path,
+    precision: Precision,
+    settings: Settings | None = None,
+    calibration_file: Path | None = None,
+    force: bool = False,
+    report: Report = lambda line: None,
+    progress: bool = False,
+) -> Comparison:
+    """Writes the float32 engine `source` in another precision to `out`. Returns how far the two are apart.
+
+    settings: of the calibration, for int8. calibration_file: read where it exists, else written, so that variants of an engine share a
+    calibration. Raises InputError, ExportError; whatever happens, `out` is a whole engine, or as it was.
+    """
+    settings = settings or Settings()
+    check_target(out, force)
+    manifest = read_manifest(source)
+    if manifest.precision != "fp32":
+        raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
+    classes = parse_classes(manifest.model, settings.classes) if settings.classes else None
+    labels = spread_labels(manifest.model, settings.images, classes)
+    graphs = load_graphs(manifest)
+    with put_in_place(out, force) as folder, Pipeline.load(source) as reference:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            section, graphs = changed_graphs(
+                reference, graphs, precision, settings, labels, calibration_file, Path(scratch), report, progress
+            )
+        report("writing the graphs")
+        for name, model in graphs.items():
+            save(model, folder / f"{name}.onnx")
+        for name in manifest.files:
+            if not any(name.startswith(f"{graph}.onnx") for graph in graphs):
+                shutil.copy2(source / name, folder / name)  # the sampler; the image encoder, whose choice of codes wants every digit
+        content = json.loads((source / FILE).read_text("utf-8"))
+        content |= {"precision": precision.name, "float_type": FLOAT_TYPES["fp16" if precision.float16 else "fp32"], "producer": producer()}
+        content["calibration"] = section
+        write_manifest(folder, content)
+        report("comparing with float32")
+        with Pipeline.load(folder) as engine:
+            comparison = compare(engine, reference, images=COMPARED_IMAGES, seed=COMPARED_SEED, batch_size=BATCH, progress=progress)
+        if not comparison.divergence <= WORST_DIVERGENCE:
+            raise ExportError(f"the engine's divergence from float32 is {comparison.divergence:.2g} nats: it would draw something else")
+        content["calibration"]["compared"] = comparison.summary()
+        write_manifest(folder, content)
+    report(f"engine written to {out}: {comparison}")
+    return comparison
+
+
+def changed_graphs(
+    reference: Pipeline,
+    graphs: Graphs,
+    precision: Precision,
+    settings: Settings,
+    labels: list[int],
+    calibration_file: Path | None,
+    scratch: Path,
+    report: Report,
+    progress: bool,
+) -> tuple[dict[str, Any], Graphs]:
+    """The graphs in another precision, and what the manifest says of how they came about."""
+    manifest = reference.manifest
+    trajectories: list[Trajectory] = []
+
+    def runs(images: int) -> list[Trajectory]:
+        """The first of the engine's own runs."""
+        drawn = sum(len(one.labels) for one in trajectories)
+        if drawn < images:
+            report(f"drawing {images - drawn} images to learn from")
+            with tqdm(total=images - drawn, unit="image", disable=None if progress else True, leave=False) as bar:
+                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, bar.update))
+        return trajectories
+
+    section: dict[str, Any] = {}
+    smoothed = graphs
+    if precision.name == "int8":
+        if calibration_file and calibration_file.exists():
+            calibration = load_calibration(calibration_file, manifest)
+            report(f"calibration read from {calibration_file}")
+        else:
+            calibration = calibrate(manifest, graphs, runs(settings.images), settings, scratch, report, progress)
+            if calibration_file:
+                save_calibration(calibration, calibration_file)
+                report(f"calibration written to {calibration_file}")
+        smoothed, quantized = quantized_graphs(graphs, manifest, calibration)
+        section = describe_calibration(calibration, quantized, reference)
+        report(f"int8: {section['int8_share']:.1%} of the multiply-adds; in float: {', '.join(section['float_layers']) or 'none'}")
+        graphs = quantized
+    if precision.float16:
+        report("float16: watching how large values get")
+        largest = magnitudes(
+            manifest, smoothed, runs(min(MAGNITUDE_IMAGES, settings.images))[: MAGNITUDE_IMAGES // BATCH], scratch, progress
+        )
+        wide = {key for key, value in largest.items() if out_of_range(value)}
+        for graph, name in sorted(wide):
+            if name in ("features", "visible_features"):
+                raise ExportError(f"the features reach {largest[graph, name]:.3g}, more than float16 holds; choose fp32 or int8 with fp32")
+        section["float32_values"] = {graph: sorted(name for owner, name in wide if owner == graph) for graph, _ in sorted(wide)}
+        section["largest_value"] = max(largest.values())
+        report(f"float16: values reach {section['largest_value']:.3g}; {len(wide)} of {len(largest)} stay float32")
+        graphs = {
+            name: to_float16(
+                model, {value for owner, value in wide if owner == name}, CONDITION_FLOAT32 if name == "condition" else FLOAT32_OPS
+            )
+            for name, model in graphs.items()
+        }
+    return section, graphs
+
+
+CONDITION_FLOAT32 = ("Cast", "Mul", "Add")  # how a table in 8 bits is read
+
+
+def describe_calibration(calibration: Calibration, quantized: Graphs, reference: Pipeline) -> dict[str, Any]:
+    """The manifest's section."""
+    settings = calibration.settings
+    products = find_products(quantized)
+    return {
+        "method": settings.method,
+        "smoothquant": settings.smoothquant,
+        "images": settings.images,
+        "classes": settings.classes and list(settings.classes),
+        "seed": settings.seed,
+        "weight_bits": settings.weight_bits,
+        "modulation": settings.modulation,
+        "int8_share": int8_share(products, reference.schedule()),
+        "float_layers": [product.name for product in products if not product.quantized],
+        "harm": calibration.harm,
+    }

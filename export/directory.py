@@ -1,0 +1,76 @@
+"""Engine directories are written beside their place and put there whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExportError, InputError, reason
+from ..runtime.manifest import FILE, file_entries, read_manifest
+from ..runtime.pictures import check_writable
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Writes the manifest of what lies in `folder`, which is then a whole engine."""
+    content = {**content, "files": file_entries(folder)}
+    (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    read_manifest(folder, verify=False)
+
+
+def producer() -> str:
+    from .. import __version__
+
+    return f"enat {__version__}"
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raises InputError where `out` exists and may not be replaced, or cannot be made."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: exists and is not a directory")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise InputError(f"{out}: exists; --force replaces it")
+        if not (out / FILE).is_file():
+            raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
+    check_writable(out)
+
+
+@contextlib.contextmanager
+def put_in_place(out: Path, force: bool) -> Iterator[Path]:
+    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not."""
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            yield partial
+            partial.chmod(0o755)
+            check_target(out, force)
+            replace(out, partial)
+        except OSError as error:
+            raise ExportError(f"{out}: not written: {reason(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace(out: Path, new: Path) -> None:
+    """Puts the directory `new` at `out`; the one that was there is removed only when the new one stands."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)

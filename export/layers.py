@@ -1,0 +1,61 @@
+"""Where in the network an engine departs from its float32 original: the error of every layer's output."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..calibration.products import NETWORK, Product, find_products, load_graphs
+from ..calibration.tapped import TappedBackend
+from ..calibration.trajectory import Trajectory, replay
+from ..runtime.pipeline import Pipeline
+
+# SmoothQuant scales the values inside an attention: they are not comparable, what comes out of `proj` is.
+SCALED = ("own_value", "context_value")
+
+
+def layer_errors(engine: Pipeline, reference: Pipeline, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The relative error of every product's output in the network, over all steps, on the CPU: by layer, in the network's order."""
+    wanted, found = watched(reference), watched(engine)
+    layers = [name for name in wanted if name in found]
+    sums = {name: np.zeros(2) for name in layers}
+    with tempfile.TemporaryDirectory() as folder:
+        backends = []
+        for number, (pipeline, products) in enumerate(((reference, wanted), (engine, found))):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            backends.append(tapped(pipeline, [products[name] for name in layers], place))
+        for trajectory in trajectories:
+            outputs = []
+            for (backend, seen), pipeline in zip(backends, (reference, engine), strict=True):
+                replay(backend, pipeline.manifest, trajectory, lambda step, logits: None)
+                outputs.append(dict(seen))
+                seen.clear()
+            for name in layers:
+                for value, expected in zip(outputs[1][found[name].output], outputs[0][wanted[name].output], strict=True):
+                    sums[name] += ((value - expected).astype(np.float64) ** 2).sum(), (expected.astype(np.float64) ** 2).sum()
+    return {name: float(np.sqrt(error / size)) for name, (error, size) in sums.items()}
+
+
+def watched(pipeline: Pipeline) -> dict[str, Product]:
+    products = find_products(load_graphs(pipeline.manifest, NETWORK))
+    return {product.name: product for product in products if not product.name.endswith(SCALED)}
+
+
+Seen = dict[str, list[NDArray[np.float32]]]
+
+
+def tapped(pipeline: Pipeline, products: Sequence[Product], folder: Path) -> tuple[TappedBackend, Seen]:
+    """A backend that keeps the outputs of these products, in the order in which they come."""
+    seen: Seen = {}
+
+    def watch(graph: str, name: str, value: NDArray[Any]) -> None:
+        seen.setdefault(name, []).append(value.astype(np.float32))
+
+    taps = {graph: [product.output for product in products if product.graph == graph] for graph in NETWORK}
+    return TappedBackend(pipeline.manifest, load_graphs(pipeline.manifest, NETWORK), folder, taps, watch), seen

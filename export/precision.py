@@ -1,0 +1,116 @@
+"""Graphs in float16: weights, features, modulation and products; what sums up or exponentiates stays float32.
+
+Types are written into the graph, cast by cast: TensorRT's strongly typed networks take them as they are, and so does ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from ..calibration.products import is_product
+from ..calibration.quantize import drop_unused
+
+FLOAT32_OPS = ("LayerNormalization", "InstanceNormalization", "Softmax")  # statistics and sums of exponentials
+FLOAT32_OUTPUTS = ("logits", "images")  # what leads from the last product to these stays float32
+NARROWED = ".float16"
+ALWAYS_FLOAT32 = {"Resize": (1, 2)}  # inputs whose type the operator fixes
+
+# A value whose largest magnitude lies outside stays float32: a quarter of float16's range, so that other pictures fit too, and
+# upwards of where float16 has fewer digits for it than for others.
+LARGEST, SMALLEST = 65504 / 4, 2.0**-14
+
+
+def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collection[str] = FLOAT32_OPS) -> ir.Model:
+    """A copy of a float32 graph in float16. wide: values inside the graph that must stay float32, as float16 cannot hold them."""
+    model = model.clone()
+    graph = model.graph
+    narrow, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    casts: dict[tuple[str, ir.DataType], ir.Value] = {}
+    kept = float32_nodes(graph, set(wide), set(float32_ops))
+    for value in graph.inputs:
+        if value.dtype == full:
+            value.type = ir.TensorType(narrow)
+
+    def as_type(value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
+        """The value in this type: a constant converted, anything else cast, once for all its uses."""
+        if value.dtype == dtype:
+            return value
+        key = (str(value.name), dtype)
+        if key not in casts:
+            cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}.{dtype.name.lower()}")
+            cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = cast.name, value.shape, ir.TensorType(dtype)
+            producer = value.producer()
+            if producer is not None:
+                graph.insert_after(producer, cast)
+            elif before is not None:
+                graph.insert_before(before, cast)
+            casts[key] = cast.outputs[0]
+        return casts[key]
+
+    first = next(iter(graph))
+    for node in list(graph):
+        dtype = full if node in kept else narrow
+        for index, value in enumerate(node.inputs):
+            if value is None or index in ALWAYS_FLOAT32.get(node.op_type, ()):
+                continue
+            if value.is_initializer():
+                if dtype == narrow and value.const_value is not None and value.const_value.dtype == full:
+                    node.replace_input_with(index, narrowed(graph, value))
+            elif value.dtype in (full, narrow) and node.op_type != "Cast":
+                node.replace_input_with(index, as_type(value, dtype, first))
+        for output in node.outputs:
+            if output.dtype == full:
+                output.type = ir.TensorType(dtype)
+    for index, output in enumerate(list(graph.outputs)):
+        wanted = full if output.name in FLOAT32_OUTPUTS else narrow
+        if output.dtype in (full, narrow) and output.dtype != wanted:
+            name, output.name = output.name, f"{output.name}_computed"
+            graph.outputs[index] = as_type(output, wanted, None)
+            graph.outputs[index].name = name
+    drop_unused(graph)
+    for value in list(graph.initializers.values()):  # constants keep their names
+        plain = str(value.name).removesuffix(NARROWED)
+        if plain != value.name and plain not in graph.initializers:
+            value.name = plain
+    return model
+
+
+def float32_nodes(graph: ir.Graph, wide: set[str], ops: set[str]) -> set[ir.Node]:
+    """The nodes that compute in float32."""
+    kept = set()
+    for node in graph:
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+        cast_up = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
+        if node.op_type in ops or cast_up or any(value.name in wide or too_wide(value) for value in values):
+            kept.add(node)
+    pending = [output.producer() for output in graph.outputs if output.name in FLOAT32_OUTPUTS]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in kept and not is_product(node):
+            kept.add(node)
+            pending += [value.producer() for value in node.inputs if value is not None]
+    return kept
+
+
+def too_wide(value: ir.Value) -> bool:
+    """Whether constant weights leave float16's range."""
+    if not value.is_initializer() or value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+        return False
+    return out_of_range(float(np.abs(value.const_value.numpy()).max(initial=0)))
+
+
+def out_of_range(magnitude: float) -> bool:
+    return magnitude > LARGEST or 0 < magnitude < SMALLEST
+
+
+def narrowed(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A constant in float16, made once."""
+    name = f"{value.name}{NARROWED}"
+    if name not in graph.initializers:
+        assert value.const_value is not None
+        tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)
+        graph.register_initializer(ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+    return graph.initializers[name]

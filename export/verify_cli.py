@@ -1,0 +1,167 @@
+"""`enat-verify`: how far an engine is from its float32 original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+
+from ..errors import ExportError, InputError
+from ..runtime.backends import BACKENDS
+from ..runtime.classes import parse_classes
+from ..runtime.command import Command
+from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_writable, save_image, sheet
+from ..runtime.pipeline import Pipeline
+from .compare import Comparison, compare
+
+COLUMNS = 12  # pictures side by side in the sheet
+LAYER_IMAGES = 2  # while layers are watched, all their outputs are in memory
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), required=True, help="The float32 engine that it was made from.")
+@click.option("--images", default=64, show_default=True, help="Pictures to draw with each.")
+@click.option("--seed", default=0, show_default=True, help="Picture i has seed SEED + i.")
+@click.option("--class", "classes", multiple=True, metavar="CLASS", help="Of these classes, as in enat-run; default: spread over all.")
+@click.option("--batch-size", default=8, show_default=True)
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="That runs ENGINE.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="Picture to write: above float32, below ENGINE.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot to write: error by step and by layer (needs matplotlib).")
+@click.option("--max-divergence", type=float, help="Fail (exit code 1) where the mean divergence is larger, in nats.")
+@click.option("--min-top1", type=float, help="Fail where the share of equal most likely tokens is smaller, 0 to 1.")
+@click.option("--min-psnr", type=float, help="Fail where the pictures' PSNR is smaller, in dB.")
+@click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
+def main(
+    engine: Path,
+    against: Path,
+    images: int,
+    seed: int,
+    classes: tuple[str, ...],
+    batch_size: int,
+    backend: str,
+    device: str,
+    sheet_file: Path | None,
+    plot: Path | None,
+    max_divergence: float | None,
+    min_top1: float | None,
+    min_psnr: float | None,
+    as_json: bool,
+) -> None:
+    """Compare an engine with the float32 engine that it was made from.
+
+    Along the trajectories that float32 draws, so that both see the same tokens; and left to itself, at the same seeds.
+    """
+    if batch_size < 1:
+        raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
+    for file, suffixes in ((sheet_file, IMAGE_SUFFIXES), (plot, (".png", ".svg", ".pdf"))):
+        if file and file.suffix.lower() not in suffixes:
+            raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")
+        if file:
+            check_writable(file)
+    if plot:
+        import_matplotlib()
+    with Pipeline.load(engine, backend, device) as mine, Pipeline.load(against) as reference:
+        labels = parse_classes(reference.manifest.model, classes) if classes else None
+        result = compare(mine, reference, images, seed, labels, batch_size, progress=True)
+        layers: dict[str, float] = {}
+        if plot:
+            layers = errors_by_layer(mine, reference, labels, seed)
+            draw_plot(result, layers, plot, f"{engine} against {against}")
+        if sheet_file:
+            if result.pictures is None:
+                raise InputError("--sheet needs engines with an image decoder")
+            save_image(side_by_side(*result.pictures), sheet_file, {"engine": str(engine), "against": str(against), "seed": seed})
+    missed = misses(result, max_divergence, min_top1, min_psnr)
+    if as_json:
+        click.echo(json.dumps({"engine": str(engine), "against": str(against), **result.summary(), "layers": layers, "missed": missed}))
+    else:
+        click.echo(report(result, f"{engine} against {against}"))
+    if missed:
+        raise ExportError("; ".join(missed))
+
+
+def report(result: Comparison, title: str) -> str:
+    """The comparison as text to read."""
+    share = result.share
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in share.items() if name != "all")
+    lines = [
+        f"{title}: {result.images} images from seed {result.seed}",
+        "",
+        "along float32's trajectories",
+        "  step  positions  divergence (nats)  top-1 agreement  error of features",
+    ]
+    for i, (n, d, t, f) in enumerate(zip(result.positions, result.step_divergence, result.step_top1, result.step_features, strict=True)):
+        lines.append(f"  {i:4}  {n:9}  {d:17.2e}  {t:15.2%}  {f'{f:17.2e}' if i else '-':>17}")
+    lines += [f"  all   {result.positions.sum():9}  {result.divergence:17.2e}  {result.top1:15.2%}", ""]
+    if result.psnr is not None:
+        lines.append(f"image decoder, same tokens   {result.psnr:.1f} dB PSNR, worst picture {result.least_psnr:.1f} dB")
+    lines += [
+        f"free runs, same seeds        {result.tokens_equal:.1%} of the tokens are equal",
+        f"multiply-adds in 8 bits      {share['all']:.1%} of those with constant weights ({parts})",
+        f"size without image encoder   {result.bytes / 1e6:.1f} MB, {result.bytes / result.reference_bytes:.0%} of float32's",
+    ]
+    return "\n".join(lines)
+
+
+def misses(result: Comparison, max_divergence: float | None, min_top1: float | None, min_psnr: float | None) -> list[str]:
+    """What was asked for and not reached, in words."""
+    found = []
+    if max_divergence is not None and result.divergence > max_divergence:
+        found.append(f"divergence {result.divergence:.3g}, expected at most {max_divergence:g}")
+    if min_top1 is not None and result.top1 < min_top1:
+        found.append(f"top-1 agreement {result.top1:.4f}, expected at least {min_top1:g}")
+    if min_psnr is not None and (result.psnr is None or result.psnr < min_psnr):
+        found.append(f"PSNR {result.psnr if result.psnr is None else round(result.psnr, 1)}, expected at least {min_psnr:g}")
+    return found
+
+
+def side_by_side(expected: Images, found: Images) -> object:
+    """Rows of float32's pictures, below each the engine's."""
+    columns = min(COLUMNS, len(expected))
+    blank = -len(expected) % columns
+    rows = []
+    for pictures in (expected, found):
+        padded = np.concatenate((pictures, np.full((blank, *pictures.shape[1:]), 255, np.uint8)))
+        rows.append(padded.reshape(-1, columns, *pictures.shape[1:]))
+    return sheet(np.stack(rows, axis=1).reshape(-1, *expected.shape[1:]), columns)
+
+
+def errors_by_layer(engine: Pipeline, reference: Pipeline, labels: list[int] | None, seed: int) -> dict[str, float]:
+    from ..calibration.trajectory import record, spread_labels
+    from .layers import layer_errors
+
+    chosen = spread_labels(reference.manifest.model, LAYER_IMAGES, labels and labels[:LAYER_IMAGES])
+    return layer_errors(engine, reference, record(reference, chosen, seed, batch_size=1))
+
+
+def import_matplotlib() -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise click.ClickException(f"--plot needs matplotlib ({error}); install it with: pip install 'enat[plot]'") from error
+    matplotlib.use("Agg")
+
+
+def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: str) -> None:
+    """Divergence, disagreement and feature error by step; below, the relative error of every layer's output."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(max(9.0, len(layers) * 0.14), 8), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    steps = np.arange(len(result.positions))
+    axes[0].plot(steps, result.step_divergence, "o-", label="divergence of the guided logits (nats)")
+    axes[0].plot(steps, 1 - result.step_top1, "s-", label="share of other most likely tokens")
+    axes[0].plot(steps[1:], result.step_features[1:], "^-", label="relative error of the features")
+    axes[0].set(xlabel="step", yscale="log", xticks=steps)
+    axes[0].grid(alpha=0.3)
+    axes[0].legend()
+    axes[1].bar(range(len(layers)), list(layers.values()))
+    axes[1].set(ylabel="relative error of the layer's output")
+    axes[1].set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=6)
+    axes[1].grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
