@@ -1,6 +1,6 @@
-"""The runtime against the reference, in one run on one machine: alternating, medians. Network and sampling only, no image decoding.
+"""Engines against the reference, in one run on one machine: alternating, medians. Network and sampling only, no image decoding.
 
-python -m benchmarks.speed --ckpt work/l/nnet_ema.pth --engine work/l/engine --batch 1 --batch 4
+python -m benchmarks.speed --ckpt work/l/nnet_ema.pth --engine work/l/engine --engine work/l/int8
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -38,33 +39,31 @@ def machine() -> str:
 
 @click.command()
 @click.option("--ckpt", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--engine", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--engine", "engines", type=click.Path(exists=True, path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--heads", type=int, default=None)
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 4), show_default=True)
 @click.option("--steps", type=int, default=8, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-def main(ckpt: Path, engine: Path, heads: int | None, batches: tuple[int, ...], steps: int, repeats: int) -> None:
-    """Print seconds and ratios, batch by batch."""
+def main(ckpt: Path, engines: tuple[Path, ...], heads: int | None, batches: tuple[int, ...], steps: int, repeats: int) -> None:
+    """Print seconds and ratios to the reference, batch by batch."""
     network = load_network(ckpt, heads)
-    pipe = Pipeline.load(engine)
-    schedule = pipe.schedule(steps)
-    click.echo(f"{machine()}; PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}; {steps} steps, float32")
+    pipes = {f"{engine} ({(pipe := Pipeline.load(engine)).manifest.precision})": pipe for engine in engines}
+    schedule = next(iter(pipes.values())).schedule(steps)
+    click.echo(f"{machine()}; PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}; {steps} steps, reference in float32")
     for batch in batches:
         labels = [i % network.config.num_classes for i in range(batch)]
-        runs = {
-            "reference": lambda labels=labels: generate_tokens(network, labels, schedule),
-            "enat": lambda labels=labels, batch=batch: pipe.generate_tokens(labels, seed=0, steps=steps, batch_size=batch),
-        }
+        runs: dict[str, Callable[[], object]] = {"reference": partial(generate_tokens, network, labels, schedule)}
+        runs |= {name: partial(pipe.generate_tokens, labels, seed=0, steps=steps, batch_size=batch) for name, pipe in pipes.items()}
         for run in runs.values():
             run()
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
                 times[name].append(timed(run))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        spread = {name: f"{medians[name]:.2f} s ({min(values):.2f}-{max(values):.2f})" for name, values in times.items()}
-        ratio = statistics.median(a / b for a, b in zip(times["reference"], times["enat"], strict=True))
-        click.echo(f"batch {batch}: reference {spread['reference']}, enat {spread['enat']}, {ratio:.2f}x")
+        click.echo(f"batch {batch}")
+        for name, values in times.items():
+            ratio = statistics.median(a / b for a, b in zip(times["reference"], values, strict=True))
+            click.echo(f"  {name:40} {statistics.median(values):6.2f} s ({min(values):.2f}-{max(values):.2f})  {ratio:.2f}x")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import ExportError, InputError
 from ..runtime.manifest import Manifest
 from ..runtime.pictures import WholeFile
+from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
 from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
 from .sensitivity import SwitchedBackend, harms, keep_float
@@ -53,6 +54,8 @@ class Settings:
             raise InputError(f"expected a SmoothQuant exponent of 0 (none) to 1, got {self.smoothquant}")
         if self.weight_bits not in WEIGHT_LIMITS:
             raise InputError(f"expected {' or '.join(map(str, WEIGHT_LIMITS))} bits for weights, got {self.weight_bits}")
+        if self.modulation not in ("int8", "float"):
+            raise InputError(f"unknown type of the modulation table {self.modulation!r}; expected int8 or float")
         if self.images < LEAST_IMAGES:
             raise InputError(f"{self.images} calibration images are too few; expected at least {LEAST_IMAGES}")
 
@@ -65,8 +68,7 @@ class Calibration:
     settings: Settings
     factors: dict[str, NDArray[np.float32]]  # by group
     ranges: dict[tuple[str, str], float]  # (graph, value) → largest magnitude
-    harm: dict[str, float]  # of every group alone; empty where it was not measured
-    float_groups: list[str] = field(default_factory=list)
+    harm: dict[str, float]  # of every group alone; empty where it was not asked for
 
 
 def fingerprint(manifest: Manifest) -> str:
@@ -102,11 +104,7 @@ def calibrate(
     if settings.float_layers is None:
         report(f"calibration: sensitivity of {len(groups)} groups of layers")
         harm = sensitivity(manifest, graphs, groups, ranges, settings, trajectories, scratch, progress)
-        work = {group.name: sum(multiply_adds(product, trajectories[0].steps) for product in group.products) for group in groups}
-        float_groups = [group.name for group in keep_float(groups, harm, work)]
-    else:
-        float_groups = [group.name for group in named_groups(groups, settings.float_layers)]
-    return Calibration(fingerprint(manifest), settings, {one.group.name: one.values for one in chosen}, ranges, harm, float_groups)
+    return Calibration(fingerprint(manifest), settings, {one.group.name: one.values for one in chosen}, ranges, harm)
 
 
 def observe(
@@ -171,13 +169,16 @@ def named_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
     return [group for group in groups if any(layers[name] is group for name in names)]
 
 
-def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibration) -> tuple[Graphs, Graphs]:
-    """The engine's float32 graphs, smoothed; and from these the quantized ones."""
-    groups = find_groups(find_products(graphs))
+def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibration, steps: Sequence[Step]) -> tuple[Graphs, Graphs]:
+    """The engine's float32 graphs, smoothed; and from these the quantized ones. steps: of the engine's schedule."""
+    settings, groups = calibration.settings, find_groups(find_products(graphs))
+    if settings.float_layers is None:
+        work = {group.name: sum(multiply_adds(product, steps) for product in group.products) for group in groups}
+        kept = keep_float(groups, calibration.harm, work)
+    else:
+        kept = named_groups(groups, settings.float_layers)
     smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in groups if g.name in calibration.factors], manifest.model)
-    settings = calibration.settings
-    chosen = [group for group in groups if group.name not in calibration.float_groups]
-    result = quantize(smoothed, chosen, calibration.ranges, settings.weight_bits)
+    result = quantize(smoothed, [group for group in groups if group not in kept], calibration.ranges, settings.weight_bits)
     if settings.modulation == "int8":
         result["condition"] = quantize_tables(smoothed["condition"])
     return smoothed, result
@@ -190,26 +191,32 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         "settings": asdict(calibration.settings),
         "ranges": [[*key, value] for key, value in calibration.ranges.items()],
         "harm": calibration.harm,
-        "float_groups": calibration.float_groups,
     }
     factors = {f"factors:{name}": values for name, values in calibration.factors.items()}
     with WholeFile(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, head=np.array(json.dumps(head)), **factors)
 
 
-def load_calibration(path: Path, manifest: Manifest) -> Calibration:
-    """Reads a calibration back. Raises InputError where it is none, or was made for another engine."""
+def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Calibration:
+    """Reads a calibration back, for an engine with these settings.
+
+    Raises InputError where it is none, was made for another engine, or in another way than the settings ask for.
+    """
     try:
         with np.load(path) as data:
             head = json.loads(str(data["head"]))
             found = {name.removeprefix("factors:"): data[name] for name in data.files if name != "head"}
-        settings = head["settings"]
-        for name in ("classes", "float_layers"):
-            settings[name] = None if settings[name] is None else tuple(settings[name])
+        theirs = head["settings"]
         ranges = {(graph, value): limit for graph, value, limit in head["ranges"]}
-        result = Calibration(head["fingerprint"], Settings(**settings), found, ranges, head["harm"], head["float_groups"])
+        result = Calibration(head["fingerprint"], settings, found, ranges, head["harm"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a calibration written by enat-export: {error}") from error
     if result.fingerprint != fingerprint(manifest):
         raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")
+    for name in ("method", "smoothquant", "images", "classes", "seed"):
+        asked = json.loads(json.dumps(getattr(settings, name)))
+        if theirs.get(name) != asked:
+            raise InputError(f"{path}: made with the {name} {theirs.get(name)}, asked for {asked}; calibrate again, to another file")
+    if settings.float_layers is None and not result.harm:
+        raise InputError(f"{path}: made without measuring sensitivity; name the layers to leave in float, or calibrate again")
     return result

@@ -13,6 +13,7 @@ Array = NDArray[Any]
 BINS = 4096
 LEVELS = 128  # magnitudes of a symmetric 8-bit number
 PERCENTILE = 99.99
+LEAST_LIMIT = 2.0**-60  # of a histogram; what is smaller counts as nothing
 
 
 class Statistic:
@@ -39,7 +40,7 @@ class Statistic:
         self.channel_max = channels if self.channel_max is None else np.maximum(self.channel_max, channels)
         self.values += chunk.size
         if top > self.limit:
-            self.widen(2.0 ** np.ceil(np.log2(top)))
+            self.widen(max(2.0 ** np.ceil(np.log2(top)), LEAST_LIMIT))
         if self.limit:
             indices = (magnitudes * np.float32(BINS / self.limit)).astype(np.int32).ravel()
             self.counts += np.bincount(np.minimum(indices, BINS - 1, out=indices), minlength=BINS)

@@ -131,14 +131,14 @@ def changed_graphs(
     smoothed = graphs
     if precision.name == "int8":
         if calibration_file and calibration_file.exists():
-            calibration = load_calibration(calibration_file, manifest)
+            calibration = load_calibration(calibration_file, manifest, settings)
             report(f"calibration read from {calibration_file}")
         else:
             calibration = calibrate(manifest, graphs, runs(settings.images), settings, scratch, report, progress)
             if calibration_file:
                 save_calibration(calibration, calibration_file)
                 report(f"calibration written to {calibration_file}")
-        smoothed, quantized = quantized_graphs(graphs, manifest, calibration)
+        smoothed, quantized = quantized_graphs(graphs, manifest, calibration, reference.schedule())
         section = describe_calibration(calibration, quantized, reference)
         report(f"int8: {section['int8_share']:.1%} of the multiply-adds; in float: {', '.join(section['float_layers']) or 'none'}")
         graphs = quantized

@@ -1,7 +1,8 @@
-"""The two graphs that are written down rather than traced: the condition's look-up and the sampler."""
+"""The graphs that are written down rather than traced: the condition's look-up, the sampler, and a probe of int8 kernels."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx.parser
 import onnx_ir as ir
 from torch import Tensor
@@ -106,3 +107,36 @@ def reference_sampler(
     order = confidence.argsort(1, descending=True)
     revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
     return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)
+
+
+def int8_probe() -> ir.Model:
+    """A product as the quantized graphs have them, of the largest numbers there are: x [1, 64] → y [1, 16].
+
+    For x = 127 every y is 64·127². Kernels that add pairs of products in 16 bits (u8·s8 without VNNI) saturate and give less. The
+    runtime keeps it as a file, as it cannot write graphs: `runtime/backends/int8_probe.onnx`.
+    """
+    depth, width = 64, 16
+
+    def stored(name: str, values: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(values, name=name)
+        return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+    x = ir.Value(name="x", shape=ir.Shape([1, depth]), type=ir.TensorType(ir.DataType.FLOAT))
+    scale, zero = stored("scale", np.float32(1)), stored("zero_point", np.uint8(128))
+    weights = stored("weights", np.full((depth, width), 127, np.int8))
+    weight_scales = stored("weight_scales", np.ones(width, np.float32))
+    q = ir.node("QuantizeLinear", [x, scale, zero])
+    dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
+    weight_dq = ir.node("DequantizeLinear", [weights, weight_scales], {"axis": 1})
+    product = ir.node("MatMul", [dq.outputs[0], weight_dq.outputs[0]])
+    y = product.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape([1, width]), ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [x],
+        [y],
+        nodes=[q, dq, weight_dq, product],
+        initializers=[scale, zero, weights, weight_scales],
+        opset_imports={"": OPSET},
+        name="int8_probe",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION)

@@ -49,7 +49,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine directory says of itself. `source` tells what it was made from, `hash` is the SHA-256 of manifest.json, which holds
+    """What an engine directory says of itself. `source` tells what it was made from, `weight_bits` of what size the
+    quantized weights are at most (8 where nothing is said), `hash` is the SHA-256 of manifest.json, which holds
     those of all files."""
 
     folder: Path
@@ -59,6 +60,7 @@ class Manifest:
     float_type: str
     files: dict[str, dict[str, Any]]
     source: dict[str, Any]
+    weight_bits: int
     hash: str
 
     def path(self, name: str) -> Path:
@@ -100,6 +102,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     model = reader.section(data, "model")
     sampling = reader.section(data, "sampling")
     files = reader.section(data, "files")
+    calibration = reader.section(data, "calibration") if "calibration" in data else {}
     manifest = Manifest(
         folder=folder,
         model=read_model(reader, model),
@@ -111,6 +114,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         float_type=reader.choice(data, "float_type", ("float32", "float16")),
         files=files,
         source=reader.section(data, "source") if "source" in data else {},
+        weight_bits=reader.integer(calibration, "weight_bits", 1) if "weight_bits" in calibration else 8,
         hash=hashlib.sha256(raw).hexdigest(),
     )
     reader.expect(

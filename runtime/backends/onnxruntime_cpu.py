@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,21 @@ from ...errors import BackendError, InputError
 from ..manifest import Manifest
 
 Array = NDArray[Any]
+
+SAFE_WEIGHT_BITS = 7
+PROBE = Path(__file__).parent / "int8_probe.onnx"
+
+
+@functools.cache
+def int8_saturates() -> bool:
+    """Whether this machine's kernels for unsigned times signed 8-bit numbers lose sums beyond 16 bits: tried, not looked up."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(PROBE, options, providers=["CPUExecutionProvider"])
+    (x,) = session.get_inputs()
+    (y,) = session.run(None, {x.name: np.full(x.shape, 127, np.float32)})
+    return bool((y != x.shape[1] * 127**2).any())
 
 
 class OnnxRuntimeBackend:
@@ -32,6 +49,15 @@ class OnnxRuntimeBackend:
         # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         self.options.add_session_config_entry("session.force_spinning_stop", "1")
         self.options.log_severity_level = 3
+        if manifest.precision == "int8" and manifest.weight_bits > SAFE_WEIGHT_BITS and int8_saturates():
+            # Slower kernels, but right ones.
+            self.options.add_session_config_entry("session.x64quantprecision", "1")
+            warnings.warn(
+                f"{manifest.folder}: this CPU's fast int8 kernels overflow (it has no VNNI), so slower ones are used; "
+                f"an engine made with --weight-bits {SAFE_WEIGHT_BITS} runs on the fast ones",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.lock = threading.Lock()
 

@@ -1,0 +1,412 @@
+"""Statistics, smoothing, quantization and sensitivity: properties, and graphs that must compute the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from enat import Pipeline
+from enat.calibration.calibrate import Settings, calibrate, load_calibration, named_groups, quantized_graphs, save_calibration
+from enat.calibration.products import Graphs, Group, Product, find_groups, find_products, int8_share, load_graphs, multiply_adds
+from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, quantize, quantize_channels, quantize_columns, quantize_tables
+from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedBackend, harms, keep_float
+from enat.calibration.smooth import factors, smooth
+from enat.calibration.statistics import BINS, Statistic, entropy, min_max, percentile
+from enat.calibration.tapped import TappedBackend
+from enat.calibration.trajectory import Trajectory, divergence, record, replay, replayed_logits, spread_labels
+from enat.errors import ExportError, InputError
+
+SEED = 7
+
+
+def filled(values: np.ndarray) -> Statistic:
+    result = Statistic()
+    result.add(values.astype(np.float32)[:, None], -1)
+    return result
+
+
+# Statistics
+
+
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 4)), elements=st.floats(-1e4, 1e4, width=32)),
+    st.lists(st.integers(0, 40), max_size=4),
+)
+def test_a_statistic_does_not_depend_on_the_chunks(values: np.ndarray, cuts: Sequence[int]) -> None:
+    whole, parts = Statistic(), Statistic()
+    whole.add(values, -1)
+    for chunk in np.split(values, sorted(cuts)):
+        parts.add(chunk, -1)
+    assert parts.values == whole.values == values.size
+    assert np.array_equal(parts.channel_max, np.abs(values).max(0))  # type: ignore[arg-type]
+    assert parts.counts.sum() == values.size
+    assert parts.limit == whole.limit
+    for share in (10, 50, 90):  # a value may fall beside a bin's edge when the range was narrower before
+        assert percentile(parts, share) == pytest.approx(percentile(whole, share), abs=1.01 * whole.limit / BINS)
+
+
+def test_channels_of_pictures() -> None:
+    statistic = Statistic()
+    statistic.add(np.arange(24, dtype=np.float32).reshape(1, 3, 2, 4), 1)
+    assert statistic.channel_max is not None
+    assert statistic.channel_max.tolist() == [7, 15, 23]
+    statistic.add(np.zeros((1, 3, 0, 4), np.float32), 1)
+    assert statistic.values == 24
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        filled(np.array([1.0, value]))
+
+
+def test_ranges() -> None:
+    values = np.random.default_rng(0).normal(size=200_000)
+    statistic = filled(values)
+    assert min_max(statistic) == pytest.approx(np.abs(values).max(), rel=1e-6)
+    for share in (50, 99, 99.99):
+        assert percentile(statistic, share) == pytest.approx(np.percentile(np.abs(values), share), abs=2 * statistic.limit / BINS)
+    assert min_max(Statistic()) == entropy(Statistic()) == 0
+    assert min_max(filled(np.zeros(5))) == percentile(filled(np.zeros(5))) == 0
+
+
+@pytest.mark.parametrize("distribution", ["normal", "laplace", "outliers"])
+def test_entropy_agrees_with_onnxruntime(distribution: str) -> None:
+    """ONNX Runtime's search on a histogram of the signed values, with as many levels, ends at nearly the same range."""
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    rng = np.random.default_rng(1)
+    values = {
+        "normal": rng.normal(size=100_000),
+        "laplace": rng.laplace(size=100_000),
+        "outliers": np.append(rng.normal(size=100_000), [12.0, -15.0, 15.9]),
+    }[distribution].astype(np.float32)
+    limit = float(2 ** np.ceil(np.log2(np.abs(values).max())))
+    counts, edges = np.histogram(values, bins=2 * 512, range=(-limit, limit))
+    collector = HistogramCollector("entropy", True, 1024, 255, 99.99, "same")
+    low, high = collector.get_entropy_threshold((counts, edges, values.min(), values.max(), limit), 255)
+    assert entropy(filled(values)) == pytest.approx(max(-low, high), rel=0.15)
+
+
+# Quantized numbers
+
+
+@given(
+    arrays.arrays(np.float32, (6, 5), elements=st.floats(-100, 100, width=32).filter(lambda x: x == 0 or abs(x) > 1e-20)),
+    st.sampled_from([0, 1]),
+    st.sampled_from([7, 8]),
+)
+def test_weights_are_rounded_to_the_nearest_level(weights: np.ndarray, axis: int, bits: int) -> None:
+    levels, scales = quantize_channels(weights, axis, WEIGHT_LIMITS[bits])
+    assert levels.dtype == np.int8
+    assert np.abs(levels.astype(int)).max() <= WEIGHT_LIMITS[bits]
+    shape = (-1, 1) if axis == 0 else (1, -1)
+    error = np.abs(levels * scales.reshape(shape) - weights)
+    assert (error <= 0.5001 * scales.reshape(shape)).all()
+
+
+@given(arrays.arrays(np.float32, (7, 3, 2), elements=st.floats(-10, 10, width=32)))
+def test_tables_are_rounded_to_the_nearest_level(table: np.ndarray) -> None:
+    levels, scales, middle = quantize_columns(table)
+    assert (np.abs(levels * scales + middle - table) <= 0.5001 * scales + 1e-5).all()
+
+
+# Graphs
+
+
+@pytest.fixture(scope="module")
+def pipe(engines: Callable[[str], Path]) -> Pipeline:
+    return Pipeline.load(engines("odd"))
+
+
+@pytest.fixture(scope="module")
+def graphs(pipe: Pipeline) -> Graphs:
+    return load_graphs(pipe.manifest)
+
+
+@pytest.fixture(scope="module")
+def groups(graphs: Graphs) -> list[Group]:
+    return find_groups(find_products(graphs))
+
+
+@pytest.fixture(scope="module")
+def trajectories(pipe: Pipeline) -> list[Trajectory]:
+    return record(pipe, spread_labels(pipe.manifest.model, 8), SEED, batch_size=4)
+
+
+def network_logits(pipe: Pipeline, graphs: Graphs, trajectory: Trajectory, folder: Path) -> list[np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return replayed_logits(TappedBackend(pipe.manifest, graphs, folder), pipe.manifest, trajectory)
+
+
+def test_every_product_of_the_network_is_found(pipe: Pipeline, groups: list[Group]) -> None:
+    model = pipe.manifest.model
+    names = [product.name for group in groups for product in group.products if product.graph in ("encoder", "decoder")]
+    assert len(names) == len(set(names)) == 2 + 8 * (model.encoder_depth + model.decoder_depth) + 2
+    assert "blocks.0.attn.{own_key,own_value,q}" in [group.name for group in groups]
+
+
+def test_a_replay_gives_what_the_loop_saw(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits at the same positions, step by step."""
+    seen: list[np.ndarray] = []
+    run = pipe.backend.run
+
+    def listening(graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        outputs = run(graph, inputs)
+        if graph == "decoder":
+            positions = np.resize(inputs["positions"], outputs[0].shape[:2])
+            raster = np.zeros((len(positions), pipe.manifest.model.length, outputs[0].shape[2]), np.float32)
+            np.put_along_axis(raster, positions[..., None], outputs[0], axis=1)
+            seen.append(raster)
+        return outputs
+
+    monkeypatch.setattr(pipe.backend, "run", listening)
+    (one,) = record(pipe, [1, 2], SEED, batch_size=2)
+    drawn = len(seen)
+    replay(pipe.backend, pipe.manifest, one, lambda step, logits: None)
+    assert drawn == len(one.steps) == len(seen) - drawn
+    for found, expected in zip(seen[drawn:], seen[:drawn], strict=True):
+        assert np.abs(found - expected).max() < 1e-5
+        assert np.array_equal(found == 0, expected == 0)
+
+
+def test_divergence() -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, 10)).astype(np.float32)
+    assert np.abs(divergence(logits + 3, logits)).max() < 1e-9
+    other = np.random.default_rng(1).normal(size=(2, 3, 10)).astype(np.float32)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits.astype(np.float64), other.astype(np.float64)))
+    assert np.allclose(divergence(other, logits), (p * np.log(p / q)).sum(-1))
+
+
+def test_multiply_adds(pipe: Pipeline, graphs: Graphs, groups: list[Group], trajectories: list[Trajectory], tmp_path: Path) -> None:
+    """Counted from the schedule as from the numbers that really arrive."""
+    one = trajectories[0]
+    seen = dict.fromkeys(((group.graph, group.input) for group in groups), 0)
+
+    def watch(graph: str, name: str, value: np.ndarray) -> None:
+        axis = 1 if graph == "image_decoder" else -1
+        seen[graph, name] += value.size // value.shape[axis]
+
+    taps = {graph: [group.input for group in groups if group.graph == graph] for graph in ("encoder", "decoder", "image_decoder")}
+    backend = TappedBackend(pipe.manifest, graphs, tmp_path, taps, watch)
+    replay(backend, pipe.manifest, one, lambda step, logits: None)
+    backend.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
+    for group in groups:
+        for product in group.products:
+            assert multiply_adds(product, one.steps) * len(one.labels) == seen[group.graph, group.input] * product.weights, product
+
+
+def test_smoothing_changes_no_result(
+    pipe: Pipeline, graphs: Graphs, groups: list[Group], trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    chosen = []
+    for group in groups:
+        statistic = Statistic()
+        weights = graphs[group.graph].graph.initializers[f"{group.products[0].name}.weight"].const_value
+        assert weights is not None
+        statistic.add(np.exp(2 * rng.normal(size=(3, weights.shape[0]))).astype(np.float32), -1)
+        if found := factors(graphs, group, statistic, 0.5):
+            chosen.append(found)
+    layers = {product.name.rpartition(".")[2] for one in chosen for product in one.group.products}
+    assert layers == {"q", "own_key", "own_value", "context_key", "context_value", "proj", "fc1", "fc", "words"}
+    smoothed = smooth(graphs, chosen, pipe.manifest.model)
+    before = network_logits(pipe, graphs, trajectories[0], tmp_path / "before")
+    after = network_logits(pipe, smoothed, trajectories[0], tmp_path / "after")
+    for one, other in zip(after, before, strict=True):
+        assert np.abs(one - other).max() < 1e-4 * max(1, np.abs(other).max())
+    changed = smoothed["encoder"].graph.initializers["blocks.0.attn.q.weight"].const_value
+    original = graphs["encoder"].graph.initializers["blocks.0.attn.q.weight"].const_value
+    assert changed is not None and original is not None
+    assert not np.allclose(changed.numpy(), original.numpy())
+
+
+def test_smoothing_evens_channels_out(graphs: Graphs, groups: list[Group]) -> None:
+    group = next(group for group in groups if group.name.endswith("mlp.fc1") and group.graph == "decoder")
+    weights = graphs["decoder"].graph.initializers[f"{group.name}.weight"].const_value
+    assert weights is not None
+    channels = np.ones(weights.shape[0], np.float32)
+    channels[3] = 100
+    statistic = Statistic()
+    statistic.add(channels[None], -1)
+    found = factors(graphs, group, statistic, 0.5)
+    assert found is not None
+    divided = channels / found.values
+    assert divided.max() / np.median(divided) < 15
+    assert np.exp(np.log(found.values).mean()) == pytest.approx(1, rel=1e-4)
+
+
+def ranges_of(groups: Sequence[Group], limit: float = 4.0) -> dict[tuple[str, str], float]:
+    keys = [(group.graph, name) for group in groups for name in (group.input, *(product.output for product in group.products))]
+    return dict.fromkeys(keys, limit)
+
+
+def test_the_form_of_quantized_graphs(graphs: Graphs, groups: list[Group]) -> None:
+    """Weights symmetric, one scale an output channel; inputs unsigned with zero point 128 and one scale; matrix products give floats."""
+    quantized = quantize(graphs, groups, ranges_of(groups))
+    for name in ("encoder", "decoder", "image_decoder"):
+        graph = quantized[name].graph
+        products = [
+            node for node in graph if node.op_type in ("MatMul", "Conv") and str(node.name) in {p.name for g in groups for p in g.products}
+        ]
+        assert products
+        for node in products:
+            assert node.inputs[0] is not None and node.inputs[1] is not None
+            x, w = node.inputs[0].producer(), node.inputs[1].producer()
+            assert x is not None and w is not None
+            assert x.op_type == w.op_type == "DequantizeLinear"
+            q = x.inputs[0].producer()  # type: ignore[union-attr]
+            assert q is not None and q.op_type == "QuantizeLinear"
+            for pair in (q, x):
+                scale, zero = (value.const_value.numpy() for value in pair.inputs[1:])  # type: ignore[union-attr]
+                assert scale.shape == () and zero.shape == () and zero.dtype == np.uint8 and zero == 128
+            levels, scales = (value.const_value.numpy() for value in w.inputs)  # type: ignore[union-attr]
+            axis = 0 if node.op_type == "Conv" else 1
+            assert levels.dtype == np.int8 and scales.shape == (levels.shape[axis],)
+            assert len(w.inputs) == 2 and w.attributes["axis"].as_int() == axis
+            followers = {user.op_type for user, _ in node.outputs[0].uses()}
+            assert ("QuantizeLinear" in followers) == (node.op_type == "Conv")
+        assert not any(value.name.endswith("_float") for value in graph.initializers.values())  # type: ignore[union-attr]
+    found = find_products(quantized)
+    assert [product.name for product in found] == [product.name for product in find_products(graphs)]
+    assert all(product.quantized for product in found)
+
+
+def test_the_original_stays_as_it_was(pipe: Pipeline, graphs: Graphs, groups: list[Group]) -> None:
+    quantize(graphs, groups, ranges_of(groups))
+    assert find_groups(find_products(graphs)) == groups
+    assert find_groups(find_products(load_graphs(pipe.manifest))) == groups
+
+
+def test_modulation_tables_in_8_bits(pipe: Pipeline, graphs: Graphs, tmp_path: Path) -> None:
+    backend = TappedBackend(pipe.manifest, {"condition": quantize_tables(graphs["condition"])}, tmp_path)
+    labels = {"labels": np.arange(pipe.manifest.model.num_classes + 1)}
+    for found, expected in zip(backend.run("condition", labels), pipe.backend.run("condition", labels), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        step = (expected.max(0) - expected.min(0)) / (2 * INPUT_LIMIT)
+        assert (np.abs(found - expected) <= 0.51 * step + 1e-6).all()
+
+
+def test_switches(pipe: Pipeline, graphs: Graphs, groups: list[Group], trajectories: list[Trajectory], tmp_path: Path) -> None:
+    """All off, a switched graph computes what the float one does; one on, what a graph does in which that group alone is quantized."""
+    one, ranges = trajectories[0], ranges_of(groups)
+    (tmp_path / "switched").mkdir()
+    backend = SwitchedBackend(pipe.manifest, graphs, groups, ranges, 8, tmp_path / "switched")
+    for found, expected in zip(
+        replayed_logits(backend, pipe.manifest, one), replayed_logits(pipe.backend, pipe.manifest, one), strict=True
+    ):
+        assert np.abs(found - expected).max() < 1e-5
+    for group in (groups[0], next(group for group in groups if group.name == "mlm_layer.words")):
+        backend.on(group)
+        alone = network_logits(pipe, quantize(graphs, [group], ranges), one, tmp_path / group.graph)
+        for found, expected in zip(replayed_logits(backend, pipe.manifest, one), alone, strict=True):
+            # Kernels round differently, which may turn a level of another input: a few logits may be a level apart.
+            assert np.abs(found - expected).mean() < 1e-3 * np.abs(expected).mean()
+    harm = harms(backend, pipe.manifest, trajectories[:1])
+    assert set(harm) == {group.name for group in groups}
+    assert all(value > 0 for name, value in harm.items() if not name.startswith("prev_proj"))
+
+
+def product(name: str, graph: str) -> Product:
+    return Product(name, graph, "MatMul", f"in {name}", f"out {name}", 1, False, "masked")
+
+
+def test_what_stays_in_float() -> None:
+    groups = [Group(graph, name, (product(name, graph),)) for name, graph in zip("abcdef", ("encoder",) * 4 + ("image_decoder",) * 2)]
+    work = {"a": 50, "b": 4, "c": 4, "d": 42, "e": 95, "f": 5}
+    # The worst does too much of the work, the mild ones too little harm.
+    harm = {"a": 100.0, "b": 50.0, "c": 20.0, "d": 170 * NOTABLE / 2, "e": 0.1, "f": 5.0}
+    assert [group.name for group in keep_float(groups, harm, work)] == ["b", "c", "f"]
+    # Where pictures would not stay as they are, the whole image decoder stays in float.
+    harm |= {"e": 2 * PICTURE_ERROR, "f": PICTURE_ERROR}
+    assert {group.name for group in keep_float(groups, harm, work)} == {"b", "c", "e", "f"}
+
+
+# Calibration, whole
+
+
+SETTINGS = Settings(images=8, float_layers=())
+
+
+def test_calibration_is_deterministic(pipe: Pipeline, graphs: Graphs, trajectories: list[Trajectory], tmp_path: Path) -> None:
+    first, second = (calibrate(pipe.manifest, graphs, trajectories, SETTINGS, tmp_path) for _ in range(2))
+    assert first.ranges == second.ranges
+    assert all(np.array_equal(first.factors[name], second.factors[name]) for name in first.factors)
+    save_calibration(first, tmp_path / "calibration.npz")
+    read = load_calibration(tmp_path / "calibration.npz", pipe.manifest, SETTINGS)
+    assert read.ranges == first.ranges and read.settings == first.settings
+    smoothed, quantized = quantized_graphs(graphs, pipe.manifest, read, pipe.schedule())
+    assert int8_share(find_products(quantized), pipe.schedule()) == 1
+    assert int8_share(find_products(smoothed), pipe.schedule()) == 0
+    assert not any(path.is_dir() for path in tmp_path.iterdir())  # copies of graphs are gone
+
+
+def test_a_calibration_of_another_engine(
+    pipe: Pipeline, graphs: Graphs, trajectories: list[Trajectory], tmp_path: Path, engines: Callable[[str], Path]
+) -> None:
+    file = tmp_path / "calibration.npz"
+    save_calibration(calibrate(pipe.manifest, graphs, trajectories, SETTINGS, tmp_path), file)
+    with pytest.raises(InputError, match="a calibration of another engine"):
+        load_calibration(file, Pipeline.load(engines("tiny")).manifest, SETTINGS)
+    with pytest.raises(InputError, match="made with the seed 0, asked for 1"):
+        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, seed=1))
+    with pytest.raises(InputError, match="without measuring sensitivity"):
+        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, float_layers=None))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a calibration"):
+        load_calibration(file, pipe.manifest, SETTINGS)
+
+
+def test_labels_are_spread(pipe: Pipeline) -> None:
+    model = pipe.manifest.model
+    assert len(set(spread_labels(model, model.num_classes - 1))) == model.num_classes - 1
+    assert set(spread_labels(model, 3 * model.num_classes)) == set(range(model.num_classes))
+    assert spread_labels(model, 5, [1, 2]) == [1, 2, 1, 2, 1]
+    with pytest.raises(InputError, match="too few"):
+        spread_labels(model, 1, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"images": 3}, "3 calibration images are too few; expected at least 8"),
+        ({"method": "best"}, "expected one of minmax, percentile, entropy"),
+        ({"smoothquant": 1.5}, "0 (none) to 1, got 1.5"),
+        ({"weight_bits": 4}, "expected 8 or 7 bits"),
+        ({"modulation": "int4"}, "expected int8 or float"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        Settings(**settings)  # type: ignore[arg-type]
+    assert words in str(error.value)
+
+
+def test_unknown_layers(groups: list[Group]) -> None:
+    assert [group.name for group in named_groups(groups, ["blocks.0.attn.q"])] == ["blocks.0.attn.{own_key,own_value,q}"]
+    with pytest.raises(InputError, match="no layer is called 'blocks"):
+        named_groups(groups, ["blocks.99"])
+
+
+def test_engines_without_names_of_layers(graphs: Graphs) -> None:
+    model = graphs["decoder"].clone()
+    next(node for node in model.graph if node.op_type == "MatMul").name = "node_MatMul_1"
+    with pytest.raises(ExportError, match="made by an older enat"):
+        find_products({"decoder": model})
+
+
+def test_values_inside_have_types(graphs: Graphs) -> None:
+    """What precision is chosen by."""
+    for name, model in graphs.items():
+        for node in model.graph:
+            for output in node.outputs:
+                assert output.dtype is not None, (name, output.name)
+                assert isinstance(output.dtype, ir.DataType)

@@ -1,0 +1,403 @@
+"""Engines in float16 and 8 bits: their graphs, their quality, and the commands that make and compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+from conftest import read_golden
+from PIL import Image
+
+from enat import Pipeline
+from enat.calibration.calibrate import Settings
+from enat.calibration.products import load_graphs
+from enat.calibration.smooth import with_initializers
+from enat.errors import ExportError, InputError
+from enat.export.cli import main as export_main
+from enat.export.compare import compare
+from enat.export.convert import Precision, convert_engine
+from enat.export.directory import write_manifest
+from enat.export.precision import out_of_range, to_float16
+from enat.export.tables import int8_probe
+from enat.export.verify_cli import main as verify_main
+from enat.graph_file import save
+from enat.runtime.backends import onnxruntime_cpu
+from enat.runtime.manifest import FILE, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
+
+Make = Callable[..., Path]
+
+NETWORK_FILES = ("condition.onnx", "encoder.onnx", "decoder.onnx", "image_decoder.onnx")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The bundled engine in other precisions, each made once; the calibration is shared."""
+    folder = tmp_path_factory.mktemp("precisions")
+    engines: dict[str, Path] = {}
+
+    def engine(name: str, *options: str) -> Path:
+        if name not in engines:
+            arguments = ["--engine", BUNDLED_ENGINE, "--out", folder / name, *options]
+            if "int8" in options and "--calibration-images" not in options:
+                arguments += ["--calibration", folder / "calibration.npz"]
+            result = CliRunner().invoke(export_main, [str(argument) for argument in arguments])
+            assert result.exit_code == 0, result.stderr
+            engines[name] = folder / name
+        return engines[name]
+
+    return engine
+
+
+@pytest.fixture(scope="module")
+def fp16(made: Make) -> Path:
+    return made("fp16", "--precision", "fp16")
+
+
+@pytest.fixture(scope="module")
+def int8(made: Make) -> Path:
+    return made("int8", "--precision", "int8")
+
+
+@pytest.fixture(scope="module")
+def int8_fp16(made: Make, int8: Path) -> Path:
+    return made("int8-fp16", "--precision", "int8", "--float-type", "fp16")
+
+
+@pytest.fixture(scope="module")
+def float32() -> Iterator[Pipeline]:
+    with Pipeline.load() as pipeline:
+        yield pipeline
+
+
+def run(main: object, *arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])  # type: ignore[arg-type]
+
+
+def refused(result: Result, *parts: str, code: int = 2) -> None:
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("[")]
+    assert result.exit_code == code, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+# Quality, on the bundled engine, which is trained
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence", "top1", "psnr"), [("fp16", 1e-5, 0.995, 55), ("int8", 0.01, 0.97, 37), ("int8_fp16", 0.01, 0.97, 37)]
+)
+def test_quality(name: str, divergence: float, top1: float, psnr: float, float32: Pipeline, request: pytest.FixtureRequest) -> None:
+    with Pipeline.load(request.getfixturevalue(name)) as engine:
+        found = compare(engine, float32, images=144, seed=31337)
+    assert found.divergence <= divergence
+    assert found.top1 >= top1
+    assert found.psnr is not None and found.psnr >= psnr
+    assert found.share["all"] >= 0.9 if "int8" in name else found.share["all"] == 0
+
+
+def test_an_engine_against_itself(float32: Pipeline) -> None:
+    found = compare(float32, float32, images=5, batch_size=2)
+    assert found.divergence == 0 and found.top1 == found.tokens_equal == 1
+    assert found.psnr is not None and found.psnr > 80
+    assert found.positions.tolist() == [5 * step.masked for step in float32.schedule()]
+
+
+def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -> None:
+    """The bias of the logits moved by a constant pattern: the divergence is that of two known distributions, everywhere."""
+    engine = tmp_path / "engine"
+    shutil.copytree(BUNDLED_ENGINE, engine)
+    graphs = load_graphs(read_manifest(engine))
+    bias = next(node.inputs[1] for node in graphs["decoder"].graph if node.outputs[0].name == "logits")
+    assert bias is not None and bias.const_value is not None
+    values = bias.const_value.numpy().copy()
+    values[0] += 100  # now token 0 is all but certain
+    save(with_initializers(graphs["decoder"], {str(bias.name): values}), engine / "decoder.onnx")
+    write_manifest(engine, json.loads((engine / FILE).read_text()))
+    with Pipeline.load(engine) as changed:
+        found = compare(changed, float32, images=4)
+    assert found.divergence > 10
+    assert found.top1 < 0.5
+    assert (found.step_features == 0).all()
+
+
+# Graphs
+
+
+def test_types_in_float16(fp16: Path) -> None:
+    manifest = read_manifest(fp16)
+    assert (manifest.precision, manifest.float_type) == ("fp16", "float16")
+    half, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    for name, model in load_graphs(manifest).items():
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            assert value.dtype not in (half, full) or (value.dtype == full) == (value.name == "logits"), (name, value.name)
+        for node in model.graph:
+            inputs = [value.dtype for value in node.inputs if value is not None and value.dtype in (half, full)]
+            if node.op_type in ("LayerNormalization", "InstanceNormalization", "Softmax"):
+                assert set(inputs) == {full}, (name, node.name)
+            elif node.op_type in ("MatMul", "Conv", "Gelu"):
+                assert set(inputs) == {half}, (name, node.name)
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "int8_fp16"])
+def test_graphs_are_valid_and_keep_the_contract(name: str, request: pytest.FixtureRequest) -> None:
+    engine = request.getfixturevalue(name)
+    float_type = np.dtype(read_manifest(engine).float_type)
+    for file in NETWORK_FILES:
+        onnx.checker.check_model(str(engine / file), full_check=True)
+        found, expected = (onnx.load(folder / file) for folder in (engine, BUNDLED_ENGINE))
+        assert (found.opset_import, found.ir_version) == (expected.opset_import, expected.ir_version)
+        assert {node.domain for node in found.graph.node} == {""}
+        for ours, theirs in zip((*found.graph.input, *found.graph.output), (*expected.graph.input, *expected.graph.output), strict=True):
+            assert ours.name == theirs.name
+            assert ours.type.tensor_type.shape == theirs.type.tensor_type.shape
+            kind = theirs.type.tensor_type.elem_type
+            wanted = kind if kind != onnx.TensorProto.FLOAT or ours.name == "logits" else onnx.helper.np_dtype_to_tensor_dtype(float_type)
+            assert ours.type.tensor_type.elem_type == wanted, ours.name
+    assert (engine / "sampler.onnx").read_bytes() == (BUNDLED_ENGINE / "sampler.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "int8_fp16"])
+def test_the_runtime_draws_as_ever(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Any number of steps, empty dimensions, and the batch does not matter."""
+    with Pipeline.load(request.getfixturevalue(name)) as pipe:
+        for steps, guidance in ((1, 0.0), (8, 4.0), (64, 2.0)):
+            together = pipe.generate_tokens([3, 14, 15], seed=5, steps=steps, guidance=guidance)
+            apart = pipe.generate_tokens([3, 14, 15], seed=5, steps=steps, guidance=guidance, batch_size=1)
+            assert np.array_equal(together, apart), (steps, guidance)
+
+
+@pytest.mark.parametrize("case", ["tiny", "odd"])
+def test_float16_of_the_golden_cases(case: str, engines: Callable[[str], Path], tmp_path: Path) -> None:
+    convert_engine(engines(case), tmp_path / "fp16", Precision("fp16"))
+    with Pipeline.load(tmp_path / "fp16") as engine, Pipeline.load(engines(case)) as reference:
+        found = compare(engine, reference, images=8)
+    assert found.divergence < 1e-4
+    assert found.step_features.max() < 5e-3
+
+
+def exploding(engine: Path, layer: str, factor: float, back: str | None) -> None:
+    """Makes a layer's output larger, and where it is used as much smaller again."""
+    graphs = load_graphs(read_manifest(engine), ("encoder",))
+    constants = graphs["encoder"].graph.initializers
+    changed = {}
+    for name, scale in ((f"{layer}.weight", factor), (f"{layer}.bias", factor), *([(f"{back}.weight", 1 / factor)] if back else [])):
+        tensor = constants[name].const_value
+        assert tensor is not None
+        changed[name] = tensor.numpy() * np.float32(scale)
+    save(with_initializers(graphs["encoder"], changed), engine / "encoder.onnx")
+    write_manifest(engine, json.loads((engine / FILE).read_text()))
+
+
+def test_what_overflows_stays_float32(engine_copy: Path, tmp_path: Path) -> None:
+    """Values beyond 65504 inside an attention: seen, kept in float32, and the engine is as good as ever."""
+    exploding(engine_copy, "blocks.1.attn.own_value", 1e6, None)
+    exploding(engine_copy, "blocks.1.attn.context_value", 1e6, "blocks.1.attn.proj")
+    naive = to_float16(load_graphs(read_manifest(engine_copy))["encoder"])
+    comparison = convert_engine(engine_copy, tmp_path / "fp16", Precision("fp16"))
+    assert comparison.divergence < 1e-4
+    content = json.loads((tmp_path / "fp16" / FILE).read_text())
+    assert content["calibration"]["largest_value"] > 65504
+    assert content["calibration"]["float32_values"]["encoder"]
+    # Without looking, it would have been infinite.
+    manifest = read_manifest(tmp_path / "fp16")
+    save(naive, tmp_path / "fp16" / "encoder.onnx")
+    write_manifest(tmp_path / "fp16", content)
+    assert manifest.float_type == "float16"
+    with (
+        pytest.raises(ExportError, match="not finite"),
+        Pipeline.load(tmp_path / "fp16") as broken,
+        Pipeline.load(engine_copy) as reference,
+    ):
+        compare(broken, reference, images=4)
+
+
+def test_features_that_overflow_are_refused(engine_copy: Path, tmp_path: Path) -> None:
+    exploding(engine_copy, "prev_proj.mlp.fc2", 1e8, None)
+    result = run(export_main, "--engine", engine_copy, "--precision", "fp16", "--out", tmp_path / "fp16")
+    refused(result, "features reach", "more than float16 holds", code=1)
+    assert not (tmp_path / "fp16").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_ranges_of_float16() -> None:
+    assert not out_of_range(0) and not out_of_range(1e-3) and not out_of_range(1e4)
+    assert out_of_range(65504) and out_of_range(1e-6) and out_of_range(float("inf"))
+
+
+def test_weights_of_7_bits(made: Make, float32: Pipeline) -> None:
+    engine = made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
+    manifest = read_manifest(engine)
+    assert manifest.weight_bits == 7
+    for model in load_graphs(manifest).values():
+        for name, value in model.graph.initializers.items():
+            assert value.const_value is not None
+            if name.endswith(".weight_int8"):
+                assert np.abs(value.const_value.numpy().astype(int)).max() == 63
+    with Pipeline.load(engine) as pipe:
+        assert compare(pipe, float32, images=36).divergence < 0.01
+
+
+def test_sizes(fp16: Path, int8: Path) -> None:
+    def size(engine: Path) -> int:
+        return sum((engine / name).stat().st_size for name in NETWORK_FILES)
+
+    assert size(fp16) < 0.52 * size(BUNDLED_ENGINE)
+    assert size(int8) < 0.35 * size(BUNDLED_ENGINE)
+
+
+def test_the_manifest_says_how(int8: Path) -> None:
+    content = json.loads((int8 / FILE).read_text())
+    assert content["precision"] == "int8" and content["float_type"] == "float32"
+    section = content["calibration"]
+    assert (section["method"], section["images"], section["weight_bits"], section["modulation"]) == ("percentile", 64, 8, "int8")
+    assert section["int8_share"] >= 0.9
+    worst = max(section["harm"], key=lambda name: section["harm"][name] * (not name.startswith("decoder.")))
+    assert worst in section["float_layers"]
+    assert section["compared"]["top1"] > 0.96
+    assert content["source"] == json.loads((BUNDLED_ENGINE / FILE).read_text())["source"]
+
+
+# Kernels that saturate
+
+
+def test_the_probe_is_what_its_source_says(tmp_path: Path) -> None:
+    save(int8_probe(), tmp_path / "probe.onnx")
+    assert (tmp_path / "probe.onnx").read_bytes() == onnxruntime_cpu.PROBE.read_bytes()
+
+
+def test_kernels_that_saturate(int8: Path, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower kernels with the same results and a warning; none for an engine of 7 bits, nor for float."""
+    with Pipeline.load(int8) as pipe:
+        expected = pipe.generate_tokens([1, 2], seed=3)
+    monkeypatch.setattr(onnxruntime_cpu, "int8_saturates", lambda: True)
+    with pytest.warns(RuntimeWarning, match="--weight-bits 7"), Pipeline.load(int8) as pipe:
+        assert pipe.backend.options.get_session_config_entry("session.x64quantprecision") == "1"  # type: ignore[attr-defined]
+        assert np.array_equal(pipe.generate_tokens([1, 2], seed=3), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pipeline.load().close()
+        Pipeline.load(
+            made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
+        ).close()
+
+
+# What is refused
+
+
+def test_wrong_arguments_of_enat_export(int8: Path, tmp_path: Path) -> None:
+    def export(*options: object) -> Result:
+        return run(export_main, "--engine", BUNDLED_ENGINE, "--out", tmp_path / "out", *options)
+
+    refused(run(export_main, "--out", tmp_path / "out"), "either --ckpt or --engine")
+    refused(export(), "expected --precision fp16 or int8")
+    refused(export("--precision", "fp16", "--heads", 3), "--heads goes with --ckpt")
+    refused(export("--precision", "fp16", "--calibration-images", 9), "--calibration-images goes with --precision int8")
+    refused(export("--precision", "fp16", "--float-type", "fp16"), "--float-type goes with --precision int8")
+    refused(export("--precision", "int8", "--calibration-images", 3), "3 calibration images are too few; expected at least 8")
+    refused(export("--precision", "int8", "--calibration-classes", "A-Z", "--calibration-images", 8), "8 images are too few for 26")
+    refused(export("--precision", "int8", "--calibration-classes", "36"), "expected a class of 0 to 35, got 36")
+    refused(export("--precision", "int8", "--calibration-classes", "AA"), "unknown class 'AA'")
+    refused(export("--precision", "int8", "--calibration-images", 8, "--float-layers", "nonsense"), "no layer is called 'nonsense'")
+    refused(export("--precision", "int8", "--calibration", BUNDLED_ENGINE / FILE), "not a calibration")
+    refused(run(export_main, "--engine", int8, "--precision", "fp16", "--out", tmp_path / "out"), "its precision is int8, expected fp32")
+    refused(run(export_main, "--engine", tmp_path / "no", "--precision", "fp16", "--out", tmp_path / "out"), "not an engine directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_of_another_engine(int8: Path, engines: Callable[[str], Path], tmp_path: Path) -> None:
+    calibration = int8.parent / "calibration.npz"
+    result = run(export_main, "--engine", engines("tiny"), "--precision", "int8", "--calibration", calibration, "--out", tmp_path / "out")
+    refused(result, "calibration of another engine")
+
+
+def test_settings_that_contradict_a_calibration(int8: Path, tmp_path: Path) -> None:
+    calibration = int8.parent / "calibration.npz"
+    result = run(
+        export_main, "--engine", BUNDLED_ENGINE, "--precision", "int8", "--calibration", calibration, "--out", tmp_path / "out",
+        "--calibration-method", "minmax",
+    )  # fmt: skip
+    refused(result, "made with the method percentile, asked for minmax")
+
+
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith(("onnx_ir", "enat.calibration", "enat.export.convert"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    result = run(export_main, "--engine", BUNDLED_ENGINE, "--precision", "int8", "--out", tmp_path / "out")
+    refused(result, "--precision int8 needs", "pip install 'enat[calibration]'")
+
+
+def test_precision_in_one_go_with_a_checkpoint(tmp_path: Path) -> None:
+    case = read_golden("tiny")
+    result = run(
+        export_main, "--ckpt", case.ckpt, "--vqgan", case.vqgan, "--heads", 3, "--encoder-depth", 3, "--precision", "int8",
+        "--float-type", "fp16", "--calibration-images", 8, "--modulation", "float", "--out", tmp_path / "int8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+    with Pipeline.load(tmp_path / "int8") as pipe:
+        assert pipe.manifest.precision == "int8" and pipe.manifest.float_type == "float16"
+        assert pipe.generate([1], seed=1).shape == (1, pipe.manifest.model.image_size, pipe.manifest.model.image_size, 3)
+
+
+# enat-verify
+
+
+def test_enat_verify(int8: Path, tmp_path: Path) -> None:
+    files = tmp_path / "sheet.png", tmp_path / "plot.png"
+    result = run(
+        verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 14, "--seed", 5, "--json", "--sheet", files[0], "--plot", files[1]
+    )
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["divergence"] < 0.01 and 0.9 < figures["top1"] <= 1 and figures["missed"] == []
+    assert len(figures["steps"]) == 8
+    assert 0 < figures["layers"]["blocks.0.mlp.fc2"] < 0.1
+    assert "blocks.0.attn.own_value" not in figures["layers"]
+    with Image.open(files[0]) as sheet:  # two rows of twelve, and two of the two that are left
+        assert sheet.size == (12 * 66 - 2, 4 * 66 - 2)
+        assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+    with Image.open(files[1]) as plot:
+        assert min(plot.size) > 500
+
+
+def test_enat_verify_to_read(fp16: Path) -> None:
+    result = run(verify_main, fp16, "--against", BUNDLED_ENGINE, "--images", 2, "--class", "A", "--class", "B", "--min-top1", 0.9)
+    assert result.exit_code == 0, result.stderr
+    for words in ("top-1 agreement", "dB PSNR", "of the tokens are equal", "0.0% of those with constant weights", "of float32's"):
+        assert words in result.stdout
+
+
+def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_path: Path) -> None:
+    refused(run(verify_main, int8, "--against", engines("tiny")), "different models: dim is 192 and 48")
+    refused(run(verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 0), "expected 1 or more images")
+    refused(run(verify_main, int8, "--against", BUNDLED_ENGINE, "--sheet", tmp_path / "s.txt"), "ends in .png")
+    strict = run(verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 2, "--max-divergence", 1e-9, "--min-psnr", 90)
+    refused(strict, "divergence", "expected at most 1e-09", "PSNR", code=1)
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED_ENGINE, other)
+    content = json.loads((other / FILE).read_text())
+    content["source"]["checkpoint_sha256"] = "0" * 64
+    write_manifest(other, content)
+    refused(run(verify_main, int8, "--against", other), "different models: checkpoint_sha256")
+
+
+def test_precisions_have_names() -> None:
+    for arguments in (("fp8",), ("int8", "bf16")):
+        with pytest.raises(InputError, match="expected"):
+            Precision(*arguments)
+    assert dataclasses.astuple(Precision("int8")) == ("int8", "fp32")
+    assert Settings().images == 64
