@@ -1,9 +1,9 @@
-# From a fresh clone: make demo, make test. Everything else is set up here, in .venv/.
+# From a fresh clone: make demo, make test, make test-slow. Everything else is set up here, in .venv/.
 PYTHON ?= python3
 INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGE = --no-deps --force-reinstall .
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 # Draws a sheet with the bundled engine, without PyTorch.
 demo: .venv/demo/ready
@@ -23,6 +23,12 @@ test: .venv/test/ready .venv/demo/ready
 	.venv/test/bin/python -m pytest
 	.venv/demo/bin/python tests/without_torch.py
 
+# Statistics over thousands of pictures.
+test-slow: .venv/test/ready
+	rm -rf build *.egg-info
+	.venv/test/$(INSTALL) $(PACKAGE)
+	.venv/test/bin/python -m pytest -m slow
+
 .venv/demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/demo
 	.venv/demo/$(INSTALL) ".[cpu]"
@@ -31,7 +37,7 @@ test: .venv/test/ready .venv/demo/ready
 .venv/test/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/test
 	.venv/test/$(INSTALL) torch
-	.venv/test/$(INSTALL) ".[cpu,export,test]"
+	.venv/test/$(INSTALL) ".[cpu,export,calibration,plot,test]"
 	touch $@
 
 clean:

@@ -48,7 +48,9 @@ def main(ckpt: Path, engines: tuple[Path, ...], heads: int | None, batches: tupl
     """Print seconds and ratios to the reference, batch by batch."""
     network = load_network(ckpt, heads)
     pipes = {f"{engine} ({(pipe := Pipeline.load(engine)).manifest.precision})": pipe for engine in engines}
-    schedule = next(iter(pipes.values())).schedule(steps)
+    schedule, *others = (pipe.schedule(steps) for pipe in pipes.values())
+    if any(other != schedule for other in others):
+        raise click.ClickException("the engines sample differently by default; expected engines of one model")
     click.echo(f"{machine()}; PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}; {steps} steps, reference in float32")
     for batch in batches:
         labels = [i % network.config.num_classes for i in range(batch)]

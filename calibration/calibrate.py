@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from ..errors import ExportError, InputError
 from ..runtime.manifest import Manifest
 from ..runtime.pictures import WholeFile
+from ..runtime.pipeline import image_seeds
 from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
 from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
@@ -31,6 +33,7 @@ Report = Callable[[str], None]
 
 LEAST_IMAGES = 8
 SENSITIVITY_IMAGES = 2
+SHARED_SETTINGS = ("method", "smoothquant", "images", "classes", "seed")  # what the ranges depend on
 IMAGE_DECODER_IMAGES = 32  # pictures are alike inside the decoder: fewer do
 
 
@@ -56,6 +59,7 @@ class Settings:
             raise InputError(f"expected {' or '.join(map(str, WEIGHT_LIMITS))} bits for weights, got {self.weight_bits}")
         if self.modulation not in ("int8", "float"):
             raise InputError(f"unknown type of the modulation table {self.modulation!r}; expected int8 or float")
+        image_seeds(self.seed, 1)
         if self.images < LEAST_IMAGES:
             raise InputError(f"{self.images} calibration images are too few; expected at least {LEAST_IMAGES}")
 
@@ -67,14 +71,14 @@ class Calibration:
     fingerprint: str
     settings: Settings
     factors: dict[str, NDArray[np.float32]]  # by group
-    ranges: dict[tuple[str, str], float]  # (graph, value) → largest magnitude
+    ranges: dict[tuple[str, str], float]  # (graph, value) → largest magnitude; not of what no run reached, as with very few steps
     harm: dict[str, float]  # of every group alone; empty where it was not asked for
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """Identifies an engine's graphs and weights."""
+    """Identifies an engine by its graphs, its weights and how it samples."""
     entries = {name: entry["sha256"] for name, entry in manifest.files.items() if name.split(".")[0] in (*GRAPHS, "condition")}
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([entries, vars(manifest.sampling)], sort_keys=True).encode()).hexdigest()
 
 
 def calibrate(
@@ -99,7 +103,8 @@ def calibrate(
         network = [group for group in groups if group.graph in NETWORK]
         statistics |= observe(manifest, graphs, network, trajectories, scratch, progress)
     report(f"calibration: ranges by {settings.method}")
-    ranges = {key: METHODS[settings.method](statistic) for key, statistic in statistics.items()}
+    ranges = {key: METHODS[settings.method](statistic) for key, statistic in statistics.items() if statistic.values}
+    groups = [group for group in groups if (group.graph, group.input) in ranges]
     harm: dict[str, float] = {}
     if settings.float_layers is None:
         report(f"calibration: sensitivity of {len(groups)} groups of layers")
@@ -171,13 +176,14 @@ def named_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
 
 def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibration, steps: Sequence[Step]) -> tuple[Graphs, Graphs]:
     """The engine's float32 graphs, smoothed; and from these the quantized ones. steps: of the engine's schedule."""
-    settings, groups = calibration.settings, find_groups(find_products(graphs))
+    settings, every = calibration.settings, find_groups(find_products(graphs))
+    groups = [group for group in every if (group.graph, group.input) in calibration.ranges]
     if settings.float_layers is None:
         work = {group.name: sum(multiply_adds(product, steps) for product in group.products) for group in groups}
         kept = keep_float(groups, calibration.harm, work)
     else:
         kept = named_groups(groups, settings.float_layers)
-    smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in groups if g.name in calibration.factors], manifest.model)
+    smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in every if g.name in calibration.factors], manifest.model)
     result = quantize(smoothed, [group for group in groups if group not in kept], calibration.ranges, settings.weight_bits)
     if settings.modulation == "int8":
         result["condition"] = quantize_tables(smoothed["condition"])
@@ -192,9 +198,9 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         "ranges": [[*key, value] for key, value in calibration.ranges.items()],
         "harm": calibration.harm,
     }
-    factors = {f"factors:{name}": values for name, values in calibration.factors.items()}
+    arrays: dict[str, Any] = {f"factors:{name}": values for name, values in calibration.factors.items()}
     with WholeFile(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, head=np.array(json.dumps(head)), **factors)
+        np.savez_compressed(file, head=np.array(json.dumps(head)), **arrays)
 
 
 def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Calibration:
@@ -206,17 +212,17 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Cali
         with np.load(path) as data:
             head = json.loads(str(data["head"]))
             found = {name.removeprefix("factors:"): data[name] for name in data.files if name != "head"}
-        theirs = head["settings"]
+        theirs = {name: head["settings"][name] for name in SHARED_SETTINGS}
         ranges = {(graph, value): limit for graph, value, limit in head["ranges"]}
         result = Calibration(head["fingerprint"], settings, found, ranges, head["harm"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a calibration written by enat-export: {error}") from error
     if result.fingerprint != fingerprint(manifest):
         raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")
-    for name in ("method", "smoothquant", "images", "classes", "seed"):
+    for name, their in theirs.items():
         asked = json.loads(json.dumps(getattr(settings, name)))
-        if theirs.get(name) != asked:
-            raise InputError(f"{path}: made with the {name} {theirs.get(name)}, asked for {asked}; calibrate again, to another file")
+        if their != asked:
+            raise InputError(f"{path}: made with the {name} {their}, asked for {asked}; calibrate again, to another file")
     if settings.float_layers is None and not result.harm:
         raise InputError(f"{path}: made without measuring sensitivity; name the layers to leave in float, or calibrate again")
     return result

@@ -90,8 +90,14 @@ def as_product(graph: str, node: ir.Node) -> Product | None:
         weight, value = before(weight), before(before(value))
     output = str(node.outputs[0].name)
     assert weight.const_value is not None and value.shape is not None
-    places = math.prod(map(int, value.shape[2:])) if node.op_type == "Conv" else str(value.shape[1])
+    places = math.prod(fixed(dim) for dim in value.shape[2:]) if node.op_type == "Conv" else str(value.shape[1])
     return Product(str(node.name), graph, node.op_type, str(value.name), output, weight.const_value.size, quantized, places)
+
+
+def fixed(dim: int | ir.SymbolicDim) -> int:
+    if not isinstance(dim, int):
+        raise ExportError(f"expected a picture of a fixed size, got {dim}")
+    return dim
 
 
 def before(value: ir.Value) -> ir.Value:

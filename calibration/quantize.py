@@ -139,7 +139,7 @@ def describe(node: ir.Node, name: str, shape: ir.Shape | None, dtype: ir.DataTyp
 def constant(graph: ir.Graph, name: str, values: np.generic | NDArray[np.generic]) -> ir.Value:
     """A new initializer of a graph."""
     tensor = ir.tensor(np.asarray(values), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

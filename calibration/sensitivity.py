@@ -15,9 +15,10 @@ from ..runtime.manifest import Manifest
 from .products import NETWORK, Graphs, Group
 from .quantize import Ranges, describe, quantize
 from .tapped import TappedBackend
-from .trajectory import Floats, Trajectory, divergence, guided, replay
+from .trajectory import Trajectory, divergence, guided, replayed_logits
 
 LEAST_SHARE = 0.9  # of the multiply-adds that are int8
+STEPS = 3  # at which harm is measured: the second, the last and the middle between
 NOTABLE = 0.1  # of the harm that all groups do, each alone: what does less is int8
 PICTURE_ERROR = 255**2 / 10**3.5  # squared grey levels: 35 dB, below which pictures do not stay as they are
 
@@ -28,7 +29,7 @@ class SwitchedBackend(TappedBackend):
     def __init__(self, manifest: Manifest, graphs: Graphs, groups: Sequence[Group], ranges: Ranges, weight_bits: int, folder: Path) -> None:
         super().__init__(manifest, quantize(graphs, groups, ranges, weight_bits, switched), folder)
         self.groups = groups
-        self.recorded: list[Mapping[str, Tensor]] | None = None  # what the decoder is given, while it is asked for
+        self.calls: dict[str, list[Mapping[str, Tensor]]] | None = None  # what each graph is given, while it is asked for
         self.on(None)
 
     def on(self, chosen: Group | None) -> None:
@@ -38,8 +39,8 @@ class SwitchedBackend(TappedBackend):
             self.extra_inputs.setdefault(group.graph, {})[switch_name(group)] = np.array(group is chosen)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        if graph == "decoder" and self.recorded is not None:
-            self.recorded.append(inputs)
+        if self.calls is not None:
+            self.calls.setdefault(graph, []).append(inputs)
         return super().run(graph, inputs)
 
 
@@ -67,42 +68,37 @@ def harms(
 ) -> dict[str, float]:
     """The harm of every group alone, by its name.
 
-    In the network: mean Kullback-Leibler divergence of the guided logits over all steps and masked positions, in nats; in the image
-    decoder: mean squared error of the pictures, in squared grey levels.
+    In the network: mean Kullback-Leibler divergence of the guided logits over the masked positions of STEPS steps, in nats, each on the
+    inputs that float32 gives; in the image decoder: mean squared error of the pictures, in squared grey levels.
     """
     totals = dict.fromkeys((group.name for group in backend.groups), 0.0)
-    positions = sum(step.masked for step in trajectories[0].steps) * sum(len(one.labels) for one in trajectories)
     for one in trajectories:
         backend.on(None)
-        backend.recorded = decoder_inputs = []
-        reference = logits(backend, manifest, one)
-        backend.recorded = None
+        backend.calls = calls = {}
+        reference = replayed_logits(backend, manifest, one)
         drawn = {"tokens": one.tokens, "positions": one.positions}
         pictures = backend.run("image_decoder", drawn)[0].astype(np.float32) if manifest.has("image_decoder.onnx") else None
+        backend.calls = None
+        last = len(one.steps) - 1
+        chosen = sorted({round(i) for i in np.linspace(min(1, last), last, STEPS)})
+        positions = sum(one.steps[i].masked for i in chosen) * len(one.labels)
         for group in backend.groups:
             backend.on(group)
             if group.graph == "image_decoder":
-                assert pictures is not None
-                found = backend.run("image_decoder", drawn)[0]
-                totals[group.name] += float(((found - pictures) ** 2).mean()) / len(trajectories)
-                advance()
-                continue
-            if group.graph == "decoder":  # what the encoder gave it stays as it was
-                outputs = [backend.run("decoder", inputs)[0] for inputs in decoder_inputs]
-                changed = [guided(output, step, len(one.labels)) for output, step in zip(outputs, one.steps, strict=True)]
+                (found,) = backend.run("image_decoder", drawn)
+                harm = float(((found - pictures) ** 2).mean())
             else:
-                changed = logits(backend, manifest, one)
-            totals[group.name] += sum(float(divergence(a, b).sum()) for a, b in zip(changed, reference, strict=True)) / positions
+                harm = 0.0
+                for i in chosen:
+                    inputs = dict(calls["decoder"][i])
+                    if group.graph == "encoder":
+                        (inputs["features"],) = backend.run("encoder", calls["encoder"][i - 1])
+                    (logits,) = backend.run("decoder", inputs)
+                    harm += float(divergence(guided(logits, one.steps[i], len(one.labels)), reference[i]).sum()) / positions
+            totals[group.name] += harm / len(trajectories)
             advance()
         backend.on(None)
     return totals
-
-
-def logits(backend: SwitchedBackend, manifest: Manifest, trajectory: Trajectory) -> list[Floats]:
-    result: list[Floats] = []
-    batch = len(trajectory.labels)
-    replay(backend, manifest, trajectory, lambda step, values: result.append(guided(values, step, batch)))
-    return result
 
 
 def keep_float(groups: Sequence[Group], harm: Mapping[str, float], work: Mapping[str, int]) -> list[Group]:

@@ -20,7 +20,8 @@ from .statistics import Statistic
 
 Floats = NDArray[np.float32]
 
-ALPHA = 0.5
+ALPHA = 0.7
+LARGEST_FACTOR = 1000.0  # and its reciprocal the smallest: the modulation must fit into float16
 
 # In a block's modulation: where the shift and the scale of the input of these layers lie.
 SLOTS = {"attn.q": (0, 1), "attn.own_key": (0, 1), "attn.own_value": (0, 1), "attn.context_key": (2, 3), "attn.context_value": (2, 3)} | {
@@ -48,7 +49,7 @@ def factors(graphs: Graphs, group: Group, statistic: Statistic, alpha: float = A
         logs = alpha * np.log(inputs) - (1 - alpha) * np.log(rows)
     usable = np.isfinite(logs)  # a channel that is never used is left alone
     values = np.ones(len(rows), np.float32)
-    values[usable] = np.exp(logs[usable] - logs[usable].mean())
+    values[usable] = np.clip(np.exp(logs[usable] - logs[usable].mean()), 1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return Factors(group, values)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..runtime.backends import Backend, Tensor
 from ..runtime.loop import unroll
 from ..runtime.manifest import Manifest, ModelInfo
-from ..runtime.pipeline import Pipeline
+from ..runtime.pipeline import Pipeline, image_seeds
 from ..runtime.schedule import Step
 
 Ints = NDArray[np.int64]
@@ -34,22 +34,30 @@ def spread_labels(model: ModelInfo, images: int, classes: Sequence[int] | None =
     """Labels for `images` runs, as many different ones as there can be: of `classes`, or evenly over all of the model's."""
     chosen = list(range(model.num_classes)) if classes is None else list(classes)
     if images < len(chosen) and classes is not None:
-        raise InputError(f"{images} images are too few for {len(chosen)} calibration classes; expected at least one a class")
+        raise InputError(f"{images} images are too few for {len(chosen)} classes; expected at least one a class")
     if images >= len(chosen):
         return [chosen[i % len(chosen)] for i in range(images)]
     return [chosen[i * len(chosen) // images] for i in range(images)]
 
 
 def record(
-    pipeline: Pipeline, labels: Sequence[int], seed: int, batch_size: int, advance: Callable[[int], object] = lambda n: None
+    pipeline: Pipeline,
+    labels: Sequence[int],
+    seed: int,
+    batch_size: int,
+    steps: Sequence[Step] | None = None,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> list[Trajectory]:
-    """Draws with the engine's own settings: image i has labels[i] and seed + i. `advance` is told of finished images."""
-    steps = pipeline.schedule()
-    seeds = [(seed + i) % 2**64 for i in range(len(labels))]
+    """Draws over `steps`, by default the engine's own: image i has labels[i] and seed + i. `advance` is told of finished images.
+
+    Raises InputError for a seed out of its range.
+    """
+    steps = pipeline.schedule() if steps is None else steps
+    seeds = image_seeds(seed, len(labels))
     result = []
     for start in range(0, len(labels), batch_size):
         chosen = slice(start, start + batch_size)
-        ((tokens, positions),) = pipeline.draw(list(labels[chosen]), seeds[chosen], steps, batch_size, None, False)
+        ((tokens, positions),) = pipeline.draw(list(labels[chosen]), seeds[chosen], list(steps), batch_size, None, False)
         download = pipeline.backend.download
         result.append(Trajectory(labels[chosen], steps, download(tokens), download(positions)))
         advance(len(labels[chosen]))
@@ -97,8 +105,3 @@ def divergence(logits: Floats, reference: Floats) -> Floats:
     """Kullback-Leibler divergence of softmax(logits) from softmax(reference) in nats, one value a position: [batch, masked]."""
     expected, found = log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))
     return (np.exp(expected) * (expected - found)).sum(-1)
-
-
-def batches(labels: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(labels), size):
-        yield labels[start : start + size]

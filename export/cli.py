@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from ..models.presets import PRESETS
-from ..runtime.command import Command
+from ..runtime.command import Command, needs
 from .directory import check_target
 
 if TYPE_CHECKING:
@@ -132,30 +132,24 @@ def main(
 
 
 def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_names: Path | None = None, **options: Any) -> None:
-    try:
+    with needs("export,cpu", "exporting a checkpoint"):
         from .engine import export_engine
-    except ImportError as error:
-        raise click.ClickException(
-            f"exporting needs PyTorch and ONNX ({error}); install them with: pip install 'enat[export,cpu]'"
-        ) from error
     names = class_names.read_text("utf-8").splitlines() if class_names else None
-    sampling = {name: options.pop(name) for name in ("steps", "cfg_scale", "mask_temp", "samp_temp") if name in options}
+    sampling: dict[str, Any] = {name: options.pop(name) for name in ("steps", "cfg_scale", "mask_temp", "samp_temp") if name in options}
     export_engine(ckpt, out, sampling=sampling, class_names=names, force=force, report=report, **options)
 
 
 def conversion(precision: str, float_type: str | None, options: dict[str, Any]) -> tuple[Precision, Any]:
     """The precision and the calibration's settings of a command line."""
-    try:
+    with needs("calibration", f"--precision {precision}"):
         from ..calibration.calibrate import Settings
         from .convert import Precision
-    except ImportError as error:
-        raise click.ClickException(
-            f"--precision {precision} needs onnx-ir and onnxruntime ({error}); install them with: pip install 'enat[calibration]'"
-        ) from error
     if "weight_bits" in options:
         options["weight_bits"] = int(options["weight_bits"])
     for name in ("classes", "float_layers"):
         if name in options:
             words = [word.strip() for word in options[name].split(",") if word.strip()]
+            if not words:
+                raise InputError(f"{CALIBRATION_OPTIONS[name]}: expected words with commas between, got {options[name]!r}")
             options[name] = () if name == "float_layers" and words == ["none"] else tuple(words)
     return Precision(precision, float_type or "fp32"), Settings(**options)

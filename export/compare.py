@@ -93,10 +93,11 @@ def compare(
     Raises InputError where they are not of the same model, ExportError where a value is not finite.
     """
     check_same_model(engine, reference)
+    steps = reference.schedule()
     if images < 1:
         raise InputError(f"expected 1 or more images, got {images}")
     labels = spread_labels(reference.manifest.model, images, classes)
-    sums = np.zeros((len(reference.schedule()), 5))  # positions, divergence, top-1, squared error of features, their squares
+    sums = np.zeros((len(steps), 5))  # positions, divergence, top-1, squared error of features, their squares
     psnr_errors, equal = [], 0.0
     drawn: list[tuple[Images, Images]] = []
     with tqdm(total=images, unit="image", disable=None if progress else True, leave=False) as bar:
@@ -104,7 +105,7 @@ def compare(
             chosen = labels[start : start + batch_size]
             (one,) = record(reference, chosen, seed + start, batch_size)
             add_steps(sums, replayed(engine, one), replayed(reference, one), one)
-            (own,) = record(engine, chosen, seed + start, batch_size)
+            (own,) = record(engine, chosen, seed + start, batch_size, steps)
             equal += float((raster(own) == raster(one)).mean()) * len(chosen) / images
             if engine.manifest.has("image_decoder.onnx") and reference.manifest.has("image_decoder.onnx"):
                 expected = picture(reference, one)
@@ -113,7 +114,7 @@ def compare(
                 drawn.append((expected, picture(engine, own)))
             bar.update(len(chosen))
     if not np.isfinite(sums).all():
-        raise ExportError(f"{engine.manifest.folder}: features or logits are not finite")
+        raise ExportError("the engine's features or logits are not finite")
     return Comparison(
         images=images,
         seed=seed,
@@ -124,7 +125,7 @@ def compare(
         psnr=psnr(float(np.mean(psnr_errors))) if psnr_errors else None,
         least_psnr=psnr(max(psnr_errors)) if psnr_errors else None,
         tokens_equal=equal,
-        share=shares(engine),
+        share=shares(engine, steps),
         bytes=engine_bytes(engine),
         reference_bytes=engine_bytes(reference),
         pictures=(np.concatenate([a for a, _ in drawn]), np.concatenate([b for _, b in drawn])) if drawn else None,
@@ -132,8 +133,10 @@ def compare(
 
 
 def check_same_model(engine: Pipeline, reference: Pipeline) -> None:
-    """Raises InputError where two engines were made from different checkpoints."""
+    """Raises InputError where two engines were made from different checkpoints, or the second is not float32."""
     one, other = engine.manifest, reference.manifest
+    if other.precision != "fp32":
+        raise InputError(f"{other.folder}: its precision is {other.precision}, expected fp32: engines are compared with float32")
     for name, found, expected in (
         *(
             (name, getattr(one.model, name), getattr(other.model, name))
@@ -204,9 +207,9 @@ def psnr(squared_error: float) -> float:
     return float(10 * np.log10(255**2 / max(squared_error, 1e-4)))
 
 
-def shares(pipeline: Pipeline) -> dict[str, float]:
+def shares(pipeline: Pipeline, steps: Sequence[Step]) -> dict[str, float]:
     """The int8 share of the multiply-adds with constant weights, of the network, the image decoder, and all."""
-    products, steps = find_products(load_graphs(pipeline.manifest)), pipeline.schedule()
+    products = find_products(load_graphs(pipeline.manifest))
     parts = {
         "network": [product for product in products if product.graph in NETWORK],
         "image_decoder": [product for product in products if product.graph not in NETWORK],

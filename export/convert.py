@@ -5,35 +5,45 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from ..calibration.calibrate import Calibration, Settings, calibrate, load_calibration, quantized_graphs, save_calibration
+from ..calibration.calibrate import (
+    Calibration,
+    Report,
+    Settings,
+    calibrate,
+    load_calibration,
+    named_groups,
+    quantized_graphs,
+    save_calibration,
+)
 from ..calibration.magnitudes import magnitudes
-from ..calibration.products import Graphs, find_products, int8_share, load_graphs
+from ..calibration.products import Graphs, find_groups, find_products, int8_share, load_graphs
+from ..calibration.sensitivity import LEAST_SHARE
 from ..calibration.trajectory import Trajectory, record, spread_labels
 from ..errors import ExportError, InputError
 from ..graph_file import save
 from ..runtime.classes import parse_classes
 from ..runtime.manifest import FILE, read_manifest
+from ..runtime.pictures import check_writable
 from ..runtime.pipeline import Pipeline
 from .compare import Comparison, compare
 from .directory import check_target, producer, put_in_place, write_manifest
-from .precision import FLOAT32_OPS, out_of_range, to_float16
+from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range, to_float16
 
-Report = Callable[[str], None]
-
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp16", "int8")
 FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}
 BATCH = 2  # images at once while values inside are watched
 MAGNITUDE_IMAGES = 16
+BETWEEN_GRAPHS = ("features", "visible_features", "encoder_modulation", "decoder_modulation")
 COMPARED_IMAGES = 16
 COMPARED_SEED = 2**32  # far from those of calibration
-WORST_DIVERGENCE = 1.0  # nats; an engine beyond is broken, not imprecise
+WORST_DIVERGENCE, WORST_PSNR = 1.0, 20.0  # nats and dB; an engine beyond is broken, not imprecise
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Precision:
     float_type: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.name not in PRECISIONS[1:]:
-            raise InputError(f"unknown precision {self.name!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.name not in PRECISIONS:
+            raise InputError(f"unknown precision {self.name!r}; expected {' or '.join(PRECISIONS)}")
         if self.float_type not in FLOAT_TYPES:
             raise InputError(f"unknown float type {self.float_type!r}; expected {' or '.join(FLOAT_TYPES)}")
 
@@ -71,12 +81,21 @@ def convert_engine(
     """
     settings = settings or Settings()
     check_target(out, force)
+    if out.exists() and out.samefile(source):
+        raise InputError(f"{out}: is the float32 engine itself; choose another folder")
     manifest = read_manifest(source)
     if manifest.precision != "fp32":
         raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
     classes = parse_classes(manifest.model, settings.classes) if settings.classes else None
-    labels = spread_labels(manifest.model, settings.images, classes)
+    # In an order in which the first few are spread over the classes too.
+    labels = np.random.default_rng(settings.seed).permutation(spread_labels(manifest.model, settings.images, classes)).tolist()
     graphs = load_graphs(manifest)
+    groups = find_groups(find_products(graphs))
+    named_groups(groups, settings.float_layers or ())
+    if calibration_file:
+        if calibration_file.absolute().is_relative_to(out.absolute()):
+            raise InputError(f"{calibration_file}: a calibration is not a part of the engine; expected a place outside {out}")
+        check_writable(calibration_file)
     with put_in_place(out, force) as folder, Pipeline.load(source) as reference:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             section, graphs = changed_graphs(
@@ -86,9 +105,10 @@ def convert_engine(
         for name, model in graphs.items():
             save(model, folder / f"{name}.onnx")
         for name in manifest.files:
-            if not any(name.startswith(f"{graph}.onnx") for graph in graphs):
-                shutil.copy2(source / name, folder / name)  # the sampler; the image encoder, whose choice of codes wants every digit
-        content = json.loads((source / FILE).read_text("utf-8"))
+            if name.startswith(("sampler.onnx", "image_encoder.onnx")):  # whose choice of codes wants every digit
+                shutil.copy2(source / name, folder / name)
+        theirs = json.loads((source / FILE).read_text("utf-8"))
+        content = {name: theirs[name] for name in ("format", "version", "model", "sampling", "opset", "source") if name in theirs}
         content |= {"precision": precision.name, "float_type": FLOAT_TYPES["fp16" if precision.float16 else "fp32"], "producer": producer()}
         content["calibration"] = section
         write_manifest(folder, content)
@@ -97,6 +117,8 @@ def convert_engine(
             comparison = compare(engine, reference, images=COMPARED_IMAGES, seed=COMPARED_SEED, batch_size=BATCH, progress=progress)
         if not comparison.divergence <= WORST_DIVERGENCE:
             raise ExportError(f"the engine's divergence from float32 is {comparison.divergence:.2g} nats: it would draw something else")
+        if comparison.psnr is not None and comparison.psnr < WORST_PSNR:
+            raise ExportError(f"the image decoder's pictures are {comparison.psnr:.1f} dB from float32's: something else")
         content["calibration"]["compared"] = comparison.summary()
         write_manifest(folder, content)
     report(f"engine written to {out}: {comparison}")
@@ -124,7 +146,7 @@ def changed_graphs(
         if drawn < images:
             report(f"drawing {images - drawn} images to learn from")
             with tqdm(total=images - drawn, unit="image", disable=None if progress else True, leave=False) as bar:
-                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, bar.update))
+                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, advance=bar.update))
         return trajectories
 
     section: dict[str, Any] = {}
@@ -141,6 +163,8 @@ def changed_graphs(
         smoothed, quantized = quantized_graphs(graphs, manifest, calibration, reference.schedule())
         section = describe_calibration(calibration, quantized, reference)
         report(f"int8: {section['int8_share']:.1%} of the multiply-adds; in float: {', '.join(section['float_layers']) or 'none'}")
+        if section["int8_share"] < LEAST_SHARE:
+            report(f"int8: that is less than {LEAST_SHARE:.0%}, the rest would change the pictures, or was not reached or asked for")
         graphs = quantized
     if precision.float16:
         report("float16: watching how large values get")
@@ -148,22 +172,22 @@ def changed_graphs(
             manifest, smoothed, runs(min(MAGNITUDE_IMAGES, settings.images))[: MAGNITUDE_IMAGES // BATCH], scratch, progress
         )
         wide = {key for key, value in largest.items() if out_of_range(value)}
-        for graph, name in sorted(wide):
-            if name in ("features", "visible_features"):
-                raise ExportError(f"the features reach {largest[graph, name]:.3g}, more than float16 holds; choose fp32 or int8 with fp32")
+        for key in sorted(key for key in wide if key[1] in BETWEEN_GRAPHS):
+            if largest[key] > LARGEST:
+                raise ExportError(
+                    f"{key[1]} reaches {largest[key]:.3g}, too much for float16; choose fp32, or int8 with the float type fp32"
+                )
+            wide.remove(key)  # small it may be
         section["float32_values"] = {graph: sorted(name for owner, name in wide if owner == graph) for graph, _ in sorted(wide)}
         section["largest_value"] = max(largest.values())
         report(f"float16: values reach {section['largest_value']:.3g}; {len(wide)} of {len(largest)} stay float32")
         graphs = {
             name: to_float16(
-                model, {value for owner, value in wide if owner == name}, CONDITION_FLOAT32 if name == "condition" else FLOAT32_OPS
+                model, {value for owner, value in wide if owner == name}, CONDITION_FLOAT32_OPS if name == "condition" else FLOAT32_OPS
             )
             for name, model in graphs.items()
         }
     return section, graphs
-
-
-CONDITION_FLOAT32 = ("Cast", "Mul", "Add")  # how a table in 8 bits is read
 
 
 def describe_calibration(calibration: Calibration, quantized: Graphs, reference: Pipeline) -> dict[str, Any]:

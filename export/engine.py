@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ..calibration.calibrate import Report
 from ..errors import InputError
 from ..graph_file import save
 from ..models.checkpoint import check_match, load_network, load_tokenizer
@@ -22,8 +23,6 @@ from .directory import check_target, producer, put_in_place, write_manifest
 from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean
 from .tables import OPSET, condition_graph, reference_sampler, sampler_graph
 from .trace import Port, trace
-
-Report = Callable[[str], None]
 
 
 def export_engine(

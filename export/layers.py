@@ -12,24 +12,29 @@ from numpy.typing import NDArray
 
 from ..calibration.products import NETWORK, Product, find_products, load_graphs
 from ..calibration.tapped import TappedBackend
-from ..calibration.trajectory import Trajectory, replay
+from ..calibration.trajectory import record, replay, spread_labels
 from ..runtime.pipeline import Pipeline
 
 # SmoothQuant scales the values inside an attention: they are not comparable, what comes out of `proj` is.
 SCALED = ("own_value", "context_value")
 
 
-def layer_errors(engine: Pipeline, reference: Pipeline, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+IMAGES = 2  # one at a time: all layers' outputs are in memory
+
+
+def layer_errors(engine: Pipeline, reference: Pipeline, seed: int = 0, classes: Sequence[int] | None = None) -> dict[str, float]:
     """The relative error of every product's output in the network, over all steps, on the CPU: by layer, in the network's order."""
+    labels = spread_labels(reference.manifest.model, IMAGES, classes and classes[:IMAGES])
+    trajectories = record(reference, labels, seed, batch_size=1)
     wanted, found = watched(reference), watched(engine)
     layers = [name for name in wanted if name in found]
     sums = {name: np.zeros(2) for name in layers}
     with tempfile.TemporaryDirectory() as folder:
         backends = []
         for number, (pipeline, products) in enumerate(((reference, wanted), (engine, found))):
-            place = Path(folder) / str(number)
-            place.mkdir()
-            backends.append(tapped(pipeline, [products[name] for name in layers], place))
+            copies = Path(folder) / str(number)
+            copies.mkdir()
+            backends.append(tapped(pipeline, [products[name] for name in layers], copies))
         for trajectory in trajectories:
             outputs = []
             for (backend, seen), pipeline in zip(backends, (reference, engine), strict=True):
@@ -37,9 +42,10 @@ def layer_errors(engine: Pipeline, reference: Pipeline, trajectories: Sequence[T
                 outputs.append(dict(seen))
                 seen.clear()
             for name in layers:
-                for value, expected in zip(outputs[1][found[name].output], outputs[0][wanted[name].output], strict=True):
+                pairs = (outputs[1].get(place(found[name]), []), outputs[0].get(place(wanted[name]), []))  # none where no step got there
+                for value, expected in zip(*pairs, strict=True):
                     sums[name] += ((value - expected).astype(np.float64) ** 2).sum(), (expected.astype(np.float64) ** 2).sum()
-    return {name: float(np.sqrt(error / size)) for name, (error, size) in sums.items()}
+    return {name: float(np.sqrt(error / size)) for name, (error, size) in sums.items() if size}
 
 
 def watched(pipeline: Pipeline) -> dict[str, Product]:
@@ -47,7 +53,11 @@ def watched(pipeline: Pipeline) -> dict[str, Product]:
     return {product.name: product for product in products if not product.name.endswith(SCALED)}
 
 
-Seen = dict[str, list[NDArray[np.float32]]]
+Seen = dict[tuple[str, str], list[NDArray[np.float32]]]  # (graph, value) → one array a step
+
+
+def place(product: Product) -> tuple[str, str]:
+    return product.graph, product.output
 
 
 def tapped(pipeline: Pipeline, products: Sequence[Product], folder: Path) -> tuple[TappedBackend, Seen]:
@@ -55,7 +65,7 @@ def tapped(pipeline: Pipeline, products: Sequence[Product], folder: Path) -> tup
     seen: Seen = {}
 
     def watch(graph: str, name: str, value: NDArray[Any]) -> None:
-        seen.setdefault(name, []).append(value.astype(np.float32))
+        seen.setdefault((graph, name), []).append(value.astype(np.float32))
 
     taps = {graph: [product.output for product in products if product.graph == graph] for graph in NETWORK}
     return TappedBackend(pipeline.manifest, load_graphs(pipeline.manifest, NETWORK), folder, taps, watch), seen

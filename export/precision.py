@@ -18,6 +18,9 @@ FLOAT32_OUTPUTS = ("logits", "images")  # what leads from the last product to th
 NARROWED = ".float16"
 ALWAYS_FLOAT32 = {"Resize": (1, 2)}  # inputs whose type the operator fixes
 
+# How a table in 8 bits is read.
+CONDITION_FLOAT32_OPS = ("Cast", "Mul", "Add")
+
 # A value whose largest magnitude lies outside stays float32: a quarter of float16's range, so that other pictures fit too, and
 # upwards of where float16 has fewer digits for it than for others.
 LARGEST, SMALLEST = 65504 / 4, 2.0**-14
@@ -30,9 +33,9 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
     narrow, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
     casts: dict[tuple[str, ir.DataType], ir.Value] = {}
     kept = float32_nodes(graph, set(wide), set(float32_ops))
-    for value in graph.inputs:
-        if value.dtype == full:
-            value.type = ir.TensorType(narrow)
+    for port in graph.inputs:
+        if port.dtype == full:
+            port.type = ir.TensorType(narrow)
 
     def as_type(value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
         """The value in this type: a constant converted, anything else cast, once for all its uses."""
@@ -71,15 +74,16 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
             graph.outputs[index] = as_type(output, wanted, None)
             graph.outputs[index].name = name
     drop_unused(graph)
-    for value in list(graph.initializers.values()):  # constants keep their names
-        plain = str(value.name).removesuffix(NARROWED)
-        if plain != value.name and plain not in graph.initializers:
-            value.name = plain
+    for constant in list(graph.initializers.values()):  # they keep their names
+        plain = str(constant.name).removesuffix(NARROWED)
+        if plain != constant.name and plain not in graph.initializers:
+            constant.name = plain
     return model
 
 
 def float32_nodes(graph: ir.Graph, wide: set[str], ops: set[str]) -> set[ir.Node]:
     """The nodes that compute in float32."""
+    wide = wide | {str(node.outputs[0].name) for node in graph if node.op_type == "DequantizeLinear" and dequantizes_wide(node, wide)}
     kept = set()
     for node in graph:
         values = [value for value in (*node.inputs, *node.outputs) if value is not None]
@@ -88,11 +92,21 @@ def float32_nodes(graph: ir.Graph, wide: set[str], ops: set[str]) -> set[ir.Node
             kept.add(node)
     pending = [output.producer() for output in graph.outputs if output.name in FLOAT32_OUTPUTS]
     while pending:
-        node = pending.pop()
-        if node is not None and node not in kept and not is_product(node):
-            kept.add(node)
-            pending += [value.producer() for value in node.inputs if value is not None]
+        last = pending.pop()
+        if last is not None and last not in kept and not is_product(last):
+            kept.add(last)
+            pending += [value.producer() for value in last.inputs if value is not None]
     return kept
+
+
+def dequantizes_wide(node: ir.Node, wide: set[str]) -> bool:
+    """Whether what comes out of a DequantizeLinear leaves float16's range: the value that was quantized does, or the weights do."""
+    levels, scale = node.inputs[:2]
+    assert levels is not None and scale is not None and scale.const_value is not None
+    if levels.const_value is not None:
+        return out_of_range(float(np.abs(scale.const_value.numpy()).max()) * np.iinfo(np.int8).max)
+    quantize = levels.producer()
+    return quantize is not None and quantize.inputs[0] is not None and quantize.inputs[0].name in wide
 
 
 def too_wide(value: ir.Value) -> bool:

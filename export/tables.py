@@ -7,6 +7,8 @@ import onnx.parser
 import onnx_ir as ir
 from torch import Tensor
 
+from ..calibration.quantize import INPUT_LIMIT, ZERO_POINT, constant, describe
+
 OPSET = 20
 IR_VERSION = 10
 
@@ -116,27 +118,16 @@ def int8_probe() -> ir.Model:
     runtime keeps it as a file, as it cannot write graphs: `runtime/backends/int8_probe.onnx`.
     """
     depth, width = 64, 16
-
-    def stored(name: str, values: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(values, name=name)
-        return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-
     x = ir.Value(name="x", shape=ir.Shape([1, depth]), type=ir.TensorType(ir.DataType.FLOAT))
-    scale, zero = stored("scale", np.float32(1)), stored("zero_point", np.uint8(128))
-    weights = stored("weights", np.full((depth, width), 127, np.int8))
-    weight_scales = stored("weight_scales", np.ones(width, np.float32))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": OPSET}, name="int8_probe")
+    scale, zero = constant(graph, "scale", np.float32(1)), constant(graph, "zero_point", np.uint8(ZERO_POINT))
+    weights = constant(graph, "weights", np.full((depth, width), INPUT_LIMIT, np.int8))
+    weight_scales = constant(graph, "weight_scales", np.ones(width, np.float32))
     q = ir.node("QuantizeLinear", [x, scale, zero])
     dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
     weight_dq = ir.node("DequantizeLinear", [weights, weight_scales], {"axis": 1})
     product = ir.node("MatMul", [dq.outputs[0], weight_dq.outputs[0]])
-    y = product.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape([1, width]), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [x],
-        [y],
-        nodes=[q, dq, weight_dq, product],
-        initializers=[scale, zero, weights, weight_scales],
-        opset_imports={"": OPSET},
-        name="int8_probe",
-    )
+    describe(product, "y", ir.Shape([1, width]), ir.DataType.FLOAT)
+    graph.extend([q, dq, weight_dq, product])
+    graph.outputs.append(product.outputs[0])
     return ir.Model(graph, ir_version=IR_VERSION)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
+from PIL import Image
 
 from ..errors import ExportError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.classes import parse_classes
-from ..runtime.command import Command
-from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_writable, save_image, sheet
+from ..runtime.command import Command, needs
+from ..runtime.pictures import IMAGE_SUFFIXES, Images, WholeFile, check_writable, save_image, sheet
 from ..runtime.pipeline import Pipeline
-from .compare import Comparison, compare
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 COLUMNS = 12  # pictures side by side in the sheet
-LAYER_IMAGES = 2  # while layers are watched, all their outputs are in memory
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -62,18 +65,25 @@ def main(
             raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")
         if file:
             check_writable(file)
+    with needs("calibration", "comparing engines"):
+        from .compare import compare
+        from .layers import layer_errors
     if plot:
-        import_matplotlib()
+        with needs("plot", "--plot"):
+            import matplotlib
+        matplotlib.use("Agg")
     with Pipeline.load(engine, backend, device) as mine, Pipeline.load(against) as reference:
         labels = parse_classes(reference.manifest.model, classes) if classes else None
+        if sheet_file or min_psnr is not None:
+            mine.require_images()
+            reference.require_images()
         result = compare(mine, reference, images, seed, labels, batch_size, progress=True)
         layers: dict[str, float] = {}
         if plot:
-            layers = errors_by_layer(mine, reference, labels, seed)
+            layers = layer_errors(mine, reference, seed, labels)
             draw_plot(result, layers, plot, f"{engine} against {against}")
         if sheet_file:
-            if result.pictures is None:
-                raise InputError("--sheet needs engines with an image decoder")
+            assert result.pictures is not None
             save_image(side_by_side(*result.pictures), sheet_file, {"engine": str(engine), "against": str(against), "seed": seed})
     missed = misses(result, max_divergence, min_top1, min_psnr)
     if as_json:
@@ -114,12 +124,12 @@ def misses(result: Comparison, max_divergence: float | None, min_top1: float | N
         found.append(f"divergence {result.divergence:.3g}, expected at most {max_divergence:g}")
     if min_top1 is not None and result.top1 < min_top1:
         found.append(f"top-1 agreement {result.top1:.4f}, expected at least {min_top1:g}")
-    if min_psnr is not None and (result.psnr is None or result.psnr < min_psnr):
-        found.append(f"PSNR {result.psnr if result.psnr is None else round(result.psnr, 1)}, expected at least {min_psnr:g}")
+    if min_psnr is not None and result.psnr is not None and result.psnr < min_psnr:
+        found.append(f"PSNR {result.psnr:.1f} dB, expected at least {min_psnr:g}")
     return found
 
 
-def side_by_side(expected: Images, found: Images) -> object:
+def side_by_side(expected: Images, found: Images) -> Image.Image:
     """Rows of float32's pictures, below each the engine's."""
     columns = min(COLUMNS, len(expected))
     blank = -len(expected) % columns
@@ -128,22 +138,6 @@ def side_by_side(expected: Images, found: Images) -> object:
         padded = np.concatenate((pictures, np.full((blank, *pictures.shape[1:]), 255, np.uint8)))
         rows.append(padded.reshape(-1, columns, *pictures.shape[1:]))
     return sheet(np.stack(rows, axis=1).reshape(-1, *expected.shape[1:]), columns)
-
-
-def errors_by_layer(engine: Pipeline, reference: Pipeline, labels: list[int] | None, seed: int) -> dict[str, float]:
-    from ..calibration.trajectory import record, spread_labels
-    from .layers import layer_errors
-
-    chosen = spread_labels(reference.manifest.model, LAYER_IMAGES, labels and labels[:LAYER_IMAGES])
-    return layer_errors(engine, reference, record(reference, chosen, seed, batch_size=1))
-
-
-def import_matplotlib() -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise click.ClickException(f"--plot needs matplotlib ({error}); install it with: pip install 'enat[plot]'") from error
-    matplotlib.use("Agg")
 
 
 def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: str) -> None:
@@ -156,12 +150,13 @@ def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: s
     axes[0].plot(steps, result.step_divergence, "o-", label="divergence of the guided logits (nats)")
     axes[0].plot(steps, 1 - result.step_top1, "s-", label="share of other most likely tokens")
     axes[0].plot(steps[1:], result.step_features[1:], "^-", label="relative error of the features")
-    axes[0].set(xlabel="step", yscale="log", xticks=steps)
+    axes[0].set(xlabel="step", yscale="log" if result.divergence else "linear", xticks=steps)
     axes[0].grid(alpha=0.3)
     axes[0].legend()
     axes[1].bar(range(len(layers)), list(layers.values()))
     axes[1].set(ylabel="relative error of the layer's output")
     axes[1].set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=6)
     axes[1].grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=120)
+    with WholeFile(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())
     plt.close(figure)

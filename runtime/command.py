@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -42,6 +44,15 @@ class Command(click.Command):
             if debug:
                 raise
             fail("not enough memory", 1)
+
+
+@contextlib.contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Imports inside that fail become one line: which extra of the package brings what is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise click.ClickException(f"{what} needs more packages ({error}); install them with: pip install 'enat[{extra}]'") from error
 
 
 def fail(message: str, code: int) -> None:

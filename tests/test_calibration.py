@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from enat.calibration.statistics import BINS, Statistic, entropy, min_max, perce
 from enat.calibration.tapped import TappedBackend
 from enat.calibration.trajectory import Trajectory, divergence, record, replay, replayed_logits, spread_labels
 from enat.errors import ExportError, InputError
+from enat.export.convert import Precision, convert_engine
+from enat.export.directory import write_manifest
+from enat.export.layers import layer_errors
+from enat.runtime.manifest import FILE
 
 SEED = 7
 
@@ -363,6 +368,25 @@ def test_a_calibration_of_another_engine(
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a calibration"):
         load_calibration(file, pipe.manifest, SETTINGS)
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="not a calibration"):
+        load_calibration(file, pipe.manifest, SETTINGS)
+
+
+def test_layers_that_no_run_reaches_stay_in_float(engine_copy: Path, tmp_path: Path) -> None:
+    """With one step by default nothing is ever encoded; asked for more steps, the engine must not have guessed."""
+    content = json.loads((engine_copy / FILE).read_text())
+    content["sampling"]["steps"] = 1
+    write_manifest(engine_copy, content)
+    convert_engine(engine_copy, tmp_path / "int8", Precision("int8"), Settings(images=8))
+    with Pipeline.load(tmp_path / "int8") as engine, Pipeline.load(engine_copy) as reference:
+        products = find_products(load_graphs(engine.manifest))
+        assert {product.quantized for product in products if product.graph == "encoder"} == {False}
+        assert any(product.quantized for product in products if product.graph == "decoder")
+        (one,) = record(reference, [1, 2], SEED, 2, reference.schedule(steps=4))
+        both = (replayed_logits(pipe.backend, pipe.manifest, one) for pipe in (engine, reference))
+        assert max(divergence(found, expected).mean() for found, expected in zip(*both, strict=True)) < 0.01
+        assert layer_errors(engine, reference).keys() <= {product.name for product in products if product.graph == "decoder"}
 
 
 def test_labels_are_spread(pipe: Pipeline) -> None:
@@ -382,6 +406,7 @@ def test_labels_are_spread(pipe: Pipeline) -> None:
         ({"smoothquant": 1.5}, "0 (none) to 1, got 1.5"),
         ({"weight_bits": 4}, "expected 8 or 7 bits"),
         ({"modulation": "int4"}, "expected int8 or float"),
+        ({"seed": -1}, "a seed of 0 to 2**64 - 1, got -1"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], words: str) -> None:
