@@ -74,7 +74,8 @@ def harms(
     totals = dict.fromkeys((group.name for group in backend.groups), 0.0)
     for one in trajectories:
         backend.on(None)
-        backend.calls = calls = {}
+        calls: dict[str, list[Mapping[str, Tensor]]] = {}
+        backend.calls = calls
         reference = replayed_logits(backend, manifest, one)
         drawn = {"tokens": one.tokens, "positions": one.positions}
         pictures = backend.run("image_decoder", drawn)[0].astype(np.float32) if manifest.has("image_decoder.onnx") else None
