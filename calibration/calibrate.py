@@ -14,27 +14,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..errors import ExportError, InputError
 from ..runtime.manifest import Manifest
 from ..runtime.pictures import WholeFile
 from ..runtime.pipeline import image_seeds
+from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
 from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
 from .sensitivity import SwitchedBackend, harms, keep_float
 from .smooth import ALPHA, Factors, factors, smooth
 from .statistics import METHODS, Statistic
-from .tapped import TappedBackend
-from .trajectory import Trajectory, replay
+from .tapped import watch_runs
+from .trajectory import Trajectory
 
 Report = Callable[[str], None]
 
+# What NumPy, zipfile (NotImplementedError: a method that no zip has) and zlib raise for a file that is cut off, altered or something else.
+DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
 LEAST_IMAGES = 8
-SENSITIVITY_IMAGES = 2
+SENSITIVITY_BATCHES = 1
 SHARED_SETTINGS = ("method", "smoothquant", "images", "classes", "seed")  # what the ranges depend on
-IMAGE_DECODER_IMAGES = 32  # pictures are alike inside the decoder: fewer do
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def calibrate(
     """Calibrates a float32 engine on recorded runs of its own. scratch: a folder for copies of the graphs."""
     groups = find_groups(find_products(graphs))
     report("calibration: watching the inputs of the products")
-    statistics = observe(manifest, graphs, groups, trajectories, scratch, progress)
+    statistics = observe(manifest, {name: graphs[name] for name in GRAPHS if name in graphs}, groups, trajectories, scratch, progress)
     chosen: list[Factors] = []
     if settings.smoothquant:
         found = [factors(graphs, group, statistics[group.graph, group.input], settings.smoothquant) for group in groups]
@@ -101,7 +103,8 @@ def calibrate(
         graphs = smooth(graphs, chosen, manifest.model)
         report("calibration: watching again, smoothed")
         network = [group for group in groups if group.graph in NETWORK]
-        statistics |= observe(manifest, graphs, network, trajectories, scratch, progress)
+        smoothed = {name: graphs[name] for name in (*NETWORK, "condition")}
+        statistics |= observe(manifest, smoothed, network, trajectories, scratch, progress)
     report(f"calibration: ranges by {settings.method}")
     ranges = {key: METHODS[settings.method](statistic) for key, statistic in statistics.items() if statistic.values}
     groups = [group for group in groups if (group.graph, group.input) in ranges]
@@ -129,18 +132,7 @@ def observe(
             raise ExportError(f"{graph}.onnx: {name} holds {error}: the float32 engine itself is broken") from error
 
     taps = {graph: [value for owner, value in axes if owner == graph] for graph in {graph for graph, _ in axes}}
-    images_left = IMAGE_DECODER_IMAGES if "image_decoder" in taps else 0
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        backend = TappedBackend(manifest, graphs, Path(folder), taps, watch)
-        total = sum(len(one.labels) for one in trajectories)
-        with tqdm(total=total, unit="image", disable=None if progress else True, leave=False) as bar:
-            for one in trajectories:
-                replay(backend, manifest, one, lambda step, logits: None)
-                for i in range(min(len(one.labels), images_left)):  # one by one: a picture's features are large
-                    backend.run("image_decoder", {"tokens": one.tokens[i : i + 1], "positions": one.positions[i : i + 1]})
-                images_left -= min(len(one.labels), images_left)
-                bar.update(len(one.labels))
-        backend.close()
+    watch_runs(manifest, graphs, taps, watch, trajectories, scratch, progress)
     return statistics
 
 
@@ -155,11 +147,10 @@ def sensitivity(
     progress: bool,
 ) -> dict[str, float]:
     """The harm of every group, on a few of the trajectories."""
-    enough = next((n for n in range(1, len(trajectories)) if sum(len(t.labels) for t in trajectories[:n]) >= SENSITIVITY_IMAGES), None)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         backend = SwitchedBackend(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
-        chosen = trajectories[:enough]
-        with tqdm(total=len(groups) * len(chosen), unit="measurement", disable=None if progress else True, leave=False) as bar:
+        chosen = trajectories[:SENSITIVITY_BATCHES]
+        with progress_bar(len(groups) * len(chosen), "measurement", progress) as bar:
             result = harms(backend, manifest, chosen, bar.update)
         backend.close()
     return result
@@ -215,7 +206,7 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Cali
         theirs = {name: head["settings"][name] for name in SHARED_SETTINGS}
         ranges = {(graph, value): limit for graph, value, limit in head["ranges"]}
         result = Calibration(head["fingerprint"], settings, found, ranges, head["harm"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: not a calibration written by enat-export: {error}") from error
     if result.fingerprint != fingerprint(manifest):
         raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..runtime.manifest import Manifest
 from .products import GRAPHS, Graphs
 from .quantize import constant, describe
-from .tapped import TappedBackend
-from .trajectory import Trajectory, replay
+from .tapped import watch_runs
+from .trajectory import Trajectory
 
 
 def magnitudes(
@@ -33,17 +31,8 @@ def magnitudes(
         largest[key] = float(np.nan_to_num(np.maximum(largest.get(key, 0.0), found), nan=np.inf))
 
     taps = {graph: list(outputs) for graph, (_, outputs) in measured.items()}
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        changed = {name: model for name, (model, _) in measured.items()} | {"condition": graphs["condition"]}
-        backend = TappedBackend(manifest, changed, Path(folder), taps, watch)
-        total = sum(len(one.labels) for one in trajectories)
-        with tqdm(total=total, unit="image", disable=None if progress else True, leave=False) as bar:
-            for one in trajectories:
-                replay(backend, manifest, one, lambda step, logits: None)
-                if "image_decoder" in measured:
-                    backend.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
-                bar.update(len(one.labels))
-        backend.close()
+    changed = {name: model for name, (model, _) in measured.items()} | {"condition": graphs["condition"]}
+    watch_runs(manifest, changed, taps, watch, trajectories, scratch, progress)
     return largest
 
 
@@ -54,8 +43,8 @@ def with_maxima(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:
     flat = constant(graph, "measured_shape", np.array([-1], np.int64))
     zero = constant(graph, "measured_nothing", np.zeros(1, np.float32))  # a value may be empty
     outputs = {}
-    values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
-    for value in (*graph.inputs, *values):
+    inside = [value for node in graph for value in node.outputs]
+    for value in (*graph.inputs, *inside):
         if value.dtype != ir.DataType.FLOAT:
             continue
         name = f"{value.name}_magnitude"

@@ -123,7 +123,8 @@ def quantize_tables(condition: ir.Model) -> ir.Model:
 def quantize_columns(table: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
     """A table [rows, …] → int8 levels of its shape, and scale and middle of every column."""
     low, high = table.min(0), table.max(0)
-    scales = np.where(high > low, (high - low) / (2 * INPUT_LIMIT), 1).astype(np.float32)
+    scales = ((high - low) / (2 * INPUT_LIMIT)).astype(np.float32)
+    scales[scales == 0] = 1  # a column of one value, or of a spread too small for float32
     middle = ((low + high) / 2).astype(np.float32)
     levels = np.empty(table.shape, np.int8)
     for row, values in enumerate(table):  # row by row: at size L the table has 0.8 GB

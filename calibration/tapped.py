@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from numpy.typing import NDArray
 from ..graph_file import save
 from ..runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from ..runtime.manifest import Manifest
+from ..runtime.progress import progress_bar
 from .products import Graphs
+from .trajectory import Trajectory, replay
 
 Array = NDArray[Any]
 Watch = Callable[[str, str, Array], None]  # (graph, value name, value)
+
+PICTURES = 32  # they are alike inside the image decoder: a few tell enough
 
 
 class TappedBackend(OnnxRuntimeBackend):
@@ -51,6 +56,32 @@ class TappedBackend(OnnxRuntimeBackend):
         for name, value in zip(names, outputs[own:], strict=True):
             self.watch(graph, name, value)
         return outputs[:own]
+
+
+def watch_runs(
+    manifest: Manifest,
+    graphs: Graphs,
+    taps: Mapping[str, Sequence[str]],
+    watch: Watch,
+    trajectories: Sequence[Trajectory],
+    scratch: Path,
+    progress: bool,
+) -> None:
+    """Shows `watch` the tapped values along trajectories, those of the image decoder for PICTURES of them.
+
+    graphs: the tapped ones, and those that are not the engine's own. scratch: a folder for copies of them.
+    """
+    pictures = PICTURES if "image_decoder" in taps else 0
+    total = sum(len(one.labels) for one in trajectories)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, progress_bar(total, "image", progress) as bar:
+        backend = TappedBackend(manifest, graphs, Path(folder), taps, watch)
+        for one in trajectories:
+            replay(backend, manifest, one)
+            for i in range(min(len(one.labels), pictures)):  # one by one: a picture's features are large
+                backend.run("image_decoder", {"tokens": one.tokens[i : i + 1], "positions": one.positions[i : i + 1]})
+                pictures -= 1
+            bar.update(len(one.labels))
+        backend.close()
 
 
 def save_with_outputs(model: ir.Model, path: Path, names: Sequence[str]) -> None:

@@ -64,14 +64,15 @@ def record(
     return result
 
 
-def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logits: Callable[[Step, Tensor], None]) -> None:
-    """Runs the network along a trajectory: the tokens are the recorded ones, the features those that this engine computes.
+# (step, logits at trajectory.positions[:, step.visible:], features of the visible tokens), both on the backend
+OnLogits = Callable[[Step, Tensor, Tensor], None]
 
-    `on_logits` gets every step's logits at trajectory.positions[:, step.visible:], on the backend.
-    """
 
-    def choose(step: Step, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        on_logits(step, logits)
+def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logits: OnLogits = lambda step, logits, features: None) -> None:
+    """Runs the network along a trajectory: the tokens are the recorded ones, the features those that this engine computes."""
+
+    def choose(step: Step, logits: Tensor, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        on_logits(step, logits, features)
         first, after = step.visible, step.visible + step.masked - step.keep
         tokens, where = trajectory.tokens, trajectory.positions
         parts = (tokens[:, first:], tokens[:, first:after], where[:, first:after], where[:, after:])
@@ -84,9 +85,11 @@ def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logi
 def replayed_logits(backend: Backend, manifest: Manifest, trajectory: Trajectory) -> list[Floats]:
     """Every step's guided logits along a trajectory, float32 [batch, masked, codes]."""
     result: list[Floats] = []
-    replay(
-        backend, manifest, trajectory, lambda step, logits: result.append(guided(backend.download(logits), step, len(trajectory.labels)))
-    )
+
+    def on_logits(step: Step, logits: Tensor, features: Tensor) -> None:
+        result.append(guided(backend.download(logits), step, len(trajectory.labels)))
+
+    replay(backend, manifest, trajectory, on_logits)
     return result
 
 

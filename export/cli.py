@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
 from ..runtime.command import Command, needs
@@ -65,7 +66,7 @@ CALIBRATION_OPTIONS = {
 @click.option(
     "--float-type", type=click.Choice(["fp32", "fp16"]), help="Of what an int8 engine does not quantize: fp32 (default) for CPUs."
 )
-@click.option("--calibration-method", "method", type=click.Choice(["minmax", "percentile", "entropy"]), help="Default: percentile.")
+@click.option("--calibration-method", "method", type=click.Choice(list(METHODS)), help="Default: percentile.")
 @click.option("--smoothquant", type=float, metavar="ALPHA", help="SmoothQuant's exponent, 0 for none; default: 0.7.")
 @click.option("--weight-bits", type=click.Choice(["8", "7"]), help="7 for CPUs whose int8 kernels saturate (without VNNI); default: 8.")
 @click.option("--calibration-images", "images", type=int, help="Pictures that the engine draws to be watched; default: 64.")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..calibration.products import NETWORK, find_products, int8_share, load_graphs
 from ..calibration.trajectory import Trajectory, divergence, guided, record, replay, spread_labels
 from ..errors import ExportError, InputError
-from ..runtime.backends import Backend, Tensor
-from ..runtime.pipeline import Images, Pipeline
+from ..runtime.backends import Tensor
+from ..runtime.pipeline import Images, Pipeline, in_raster
+from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step
 
 Floats = NDArray[np.float64]
@@ -99,19 +99,20 @@ def compare(
     labels = spread_labels(reference.manifest.model, images, classes)
     sums = np.zeros((len(steps), 5))  # positions, divergence, top-1, squared error of features, their squares
     psnr_errors, equal = [], 0.0
-    drawn: list[tuple[Images, Images]] = []
-    with tqdm(total=images, unit="image", disable=None if progress else True, leave=False) as bar:
+    pictures: list[tuple[Images, Images]] = []
+    with progress_bar(images, "image", progress) as bar:
         for start in range(0, images, batch_size):
             chosen = labels[start : start + batch_size]
             (one,) = record(reference, chosen, seed + start, batch_size)
-            add_steps(sums, replayed(engine, one), replayed(reference, one), one)
+            add_steps(sums, replayed(engine, one), replayed(reference, one))
             (own,) = record(engine, chosen, seed + start, batch_size, steps)
-            equal += float((raster(own) == raster(one)).mean()) * len(chosen) / images
+            tokens, own_tokens = (in_raster(drawn.tokens, drawn.positions, reference.manifest.model.grid) for drawn in (one, own))
+            equal += float((own_tokens == tokens).mean()) * len(chosen) / images
             if engine.manifest.has("image_decoder.onnx") and reference.manifest.has("image_decoder.onnx"):
-                expected = picture(reference, one)
-                error = (picture(engine, one).astype(np.float64) - expected) ** 2
+                expected = reference.decode(tokens)
+                error = (engine.decode(tokens).astype(np.float64) - expected) ** 2
                 psnr_errors.extend(error.mean((1, 2, 3)))
-                drawn.append((expected, picture(engine, own)))
+                pictures.append((expected, engine.decode(own_tokens)))
             bar.update(len(chosen))
     if not np.isfinite(sums).all():
         raise ExportError("the engine's features or logits are not finite")
@@ -128,7 +129,7 @@ def compare(
         share=shares(engine, steps),
         bytes=engine_bytes(engine),
         reference_bytes=engine_bytes(reference),
-        pictures=(np.concatenate([a for a, _ in drawn]), np.concatenate([b for _, b in drawn])) if drawn else None,
+        pictures=(np.concatenate([a for a, _ in pictures]), np.concatenate([b for _, b in pictures])) if pictures else None,
     )
 
 
@@ -148,58 +149,27 @@ def check_same_model(engine: Pipeline, reference: Pipeline) -> None:
             raise InputError(f"{one.folder} and {other.folder} are engines of different models: {name} is {found} and {expected}")
 
 
-Recorded = list[tuple[Step, NDArray[Any], NDArray[Any] | None]]  # step, guided logits, features of the visible tokens
-
-
-class Listener:
-    """A backend that keeps what the encoder gave last."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.features: Tensor = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def run(self, graph: str, inputs: Any) -> Sequence[Tensor]:
-        outputs = self.backend.run(graph, inputs)
-        if graph == "encoder":
-            (self.features,) = outputs
-        return outputs
+Recorded = list[tuple[NDArray[Any], NDArray[Any]]]  # every step's guided logits, and features of the visible tokens
 
 
 def replayed(pipeline: Pipeline, trajectory: Trajectory) -> Recorded:
     result: Recorded = []
-    backend: Any = Listener(pipeline.backend)
-    batch = len(trajectory.labels)
+    download = pipeline.backend.download
 
-    def on_logits(step: Step, logits: Tensor) -> None:
-        features = None if backend.features is None else backend.download(backend.features).astype(np.float32)
-        result.append((step, guided(backend.download(logits), step, batch), features))
+    def on_logits(step: Step, logits: Tensor, features: Tensor) -> None:
+        result.append((guided(download(logits), step, len(trajectory.labels)), download(features).astype(np.float32)))
 
-    replay(backend, pipeline.manifest, trajectory, on_logits)
+    replay(pipeline.backend, pipeline.manifest, trajectory, on_logits)
     return result
 
 
-def add_steps(sums: Floats, found: Recorded, expected: Recorded, trajectory: Trajectory) -> None:
-    for row, (_, logits, features), (_, wanted, wanted_features) in zip(sums, found, expected, strict=True):
+def add_steps(sums: Floats, found: Recorded, expected: Recorded) -> None:
+    for row, (logits, features), (wanted, wanted_features) in zip(sums, found, expected, strict=True):
         row[0] += wanted[..., 0].size
         row[1] += divergence(logits, wanted).sum()
         row[2] += (logits.argmax(-1) == wanted.argmax(-1)).sum()
-        if features is not None and wanted_features is not None:
-            row[3] += ((features - wanted_features).astype(np.float64) ** 2).sum()
-            row[4] += (wanted_features.astype(np.float64) ** 2).sum()
-
-
-def picture(pipeline: Pipeline, trajectory: Trajectory) -> Images:
-    upload = pipeline.backend.upload
-    return pipeline.decode_tensors(upload(trajectory.tokens), upload(trajectory.positions))
-
-
-def raster(trajectory: Trajectory) -> NDArray[np.int64]:
-    result = np.empty_like(trajectory.tokens)
-    np.put_along_axis(result, trajectory.positions, trajectory.tokens, axis=1)
-    return result
+        row[3] += ((features - wanted_features).astype(np.float64) ** 2).sum()
+        row[4] += (wanted_features.astype(np.float64) ** 2).sum()
 
 
 def psnr(squared_error: float) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..calibration.calibrate import (
     Calibration,
@@ -32,6 +31,7 @@ from ..runtime.classes import parse_classes
 from ..runtime.manifest import FILE, read_manifest
 from ..runtime.pictures import check_writable
 from ..runtime.pipeline import Pipeline
+from ..runtime.progress import progress_bar
 from .compare import Comparison, compare
 from .directory import check_target, producer, put_in_place, write_manifest
 from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range, to_float16
@@ -145,7 +145,7 @@ def changed_graphs(
         drawn = sum(len(one.labels) for one in trajectories)
         if drawn < images:
             report(f"drawing {images - drawn} images to learn from")
-            with tqdm(total=images - drawn, unit="image", disable=None if progress else True, leave=False) as bar:
+            with progress_bar(images - drawn, "image", progress) as bar:
                 trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, advance=bar.update))
         return trajectories
 

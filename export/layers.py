@@ -38,7 +38,7 @@ def layer_errors(engine: Pipeline, reference: Pipeline, seed: int = 0, classes: 
         for trajectory in trajectories:
             outputs = []
             for (backend, seen), pipeline in zip(backends, (reference, engine), strict=True):
-                replay(backend, pipeline.manifest, trajectory, lambda step, logits: None)
+                replay(backend, pipeline.manifest, trajectory)
                 outputs.append(dict(seen))
                 seen.clear()
             for name in layers:

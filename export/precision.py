@@ -37,8 +37,10 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
         if port.dtype == full:
             port.type = ir.TensorType(narrow)
 
-    def as_type(value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
-        """The value in this type: a constant converted, anything else cast, once for all its uses."""
+    first = next(iter(graph))
+
+    def as_type(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The value, which is no constant, cast to this type: once for all its uses."""
         if value.dtype == dtype:
             return value
         key = (str(value.name), dtype)
@@ -46,14 +48,13 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
             cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}.{dtype.name.lower()}")
             cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = cast.name, value.shape, ir.TensorType(dtype)
             producer = value.producer()
-            if producer is not None:
+            if producer is None:  # an input of the graph
+                graph.insert_before(first, cast)
+            else:
                 graph.insert_after(producer, cast)
-            elif before is not None:
-                graph.insert_before(before, cast)
             casts[key] = cast.outputs[0]
         return casts[key]
 
-    first = next(iter(graph))
     for node in list(graph):
         dtype = full if node in kept else narrow
         for index, value in enumerate(node.inputs):
@@ -63,7 +64,7 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
                 if dtype == narrow and value.const_value is not None and value.const_value.dtype == full:
                     node.replace_input_with(index, narrowed(graph, value))
             elif value.dtype in (full, narrow) and node.op_type != "Cast":
-                node.replace_input_with(index, as_type(value, dtype, first))
+                node.replace_input_with(index, as_type(value, dtype))
         for output in node.outputs:
             if output.dtype == full:
                 output.type = ir.TensorType(dtype)
@@ -71,7 +72,7 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
         wanted = full if output.name in FLOAT32_OUTPUTS else narrow
         if output.dtype in (full, narrow) and output.dtype != wanted:
             name, output.name = output.name, f"{output.name}_computed"
-            graph.outputs[index] = as_type(output, wanted, None)
+            graph.outputs[index] = as_type(output, wanted)
             graph.outputs[index].name = name
     drop_unused(graph)
     for constant in list(graph.initializers.values()):  # they keep their names

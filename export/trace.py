@@ -14,9 +14,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ..calibration.products import is_product
 from .tables import IR_VERSION, OPSET
-
-PRODUCTS = ("MatMul", "Conv")  # operators that multiply with weights
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def name_weights(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         value.name = without_root(value.name or "")
     for node in model.graph:
-        if node.op_type in PRODUCTS and (weight := node.inputs[1]) is not None and weight.is_initializer():
+        if is_product(node) and (weight := node.inputs[1]) is not None:
             *_, module, _ = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
             node.name = without_root(module)
             weight.name = f"{node.name}.weight"

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import InputError
 from .backends import BACKENDS
@@ -19,6 +18,7 @@ from .command import Command
 from .outputs import Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, check_writable, read_metadata
 from .pipeline import BATCH_SIZE, Pipeline, image_seeds
+from .progress import progress_bar
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 
@@ -119,7 +119,7 @@ def main(
             files = [out]
         else:
             open_folder(out, request, pipeline, resume, force)
-            with tqdm(total=len(request.labels), unit="picture", leave=False, disable=None) as bar:
+            with progress_bar(len(request.labels), "picture") as bar:
                 files = write_folder(pipeline, request, out, ending, batch_size, resume, lambda _: bar.update())
         seconds = time.perf_counter() - started
         if as_json:

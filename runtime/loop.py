@@ -14,8 +14,8 @@ from .schedule import Step
 # (step, tokens, positions, masked_positions): every token as chosen so far, at its position, and which positions stay masked
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], None]
 
-# (step, logits, positions) → tokens at the positions, the revealed ones' tokens and positions, and the positions that stay masked
-Choose = Callable[[Step, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+# (step, logits, positions, features) → tokens at the positions, the revealed ones' tokens and positions, the positions that stay masked
+Choose = Callable[[Step, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def sample(
@@ -28,7 +28,7 @@ def sample(
     """
     noise = [tuple(map(backend.upload, step_noise(seeds, step.index, manifest.model.length))) for step in steps]
 
-    def choose(step: Step, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def choose(step: Step, logits: Tensor, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         choice_noise, confidence_noise = noise[step.index]
         tokens, revealed_tokens, revealed_positions, masked_positions = backend.run(
             "sampler",
@@ -78,7 +78,7 @@ def unroll(
                 },
             )
         (logits,) = backend.run("decoder", {"positions": positions, "features": features, "decoder_modulation": modulation})
-        tokens, step_tokens, step_positions, still_masked = choose(step, logits, positions)
+        tokens, step_tokens, step_positions, still_masked = choose(step, logits, positions, features)
         if on_step:
             all_tokens = backend.concatenate([*revealed_tokens, tokens])
             on_step(step, all_tokens, backend.concatenate([*revealed_positions, positions]), still_masked)

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..errors import EngineError, InputError, Stopped
 from .backends import Backend, Tensor, open_backend
 from .classes import class_index
 from .loop import OnStep, sample
 from .manifest import Manifest, read_manifest
+from .progress import progress_bar
 from .schedule import Step, schedule
 
 Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
@@ -146,7 +146,7 @@ class Pipeline:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         starts = range(0, len(labels), batch_size)
         total = len(starts) * len(steps)
-        with tqdm(total=total, unit="step", disable=None if progress else True, leave=False) as bar:
+        with progress_bar(total, "step", progress) as bar:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
@@ -198,11 +198,14 @@ class Pipeline:
         return self.backend.download(tokens).reshape(-1, model.grid, model.grid)
 
     def raster(self, tokens: Tensor, positions: Tensor) -> Tokens:
-        grid = self.manifest.model.grid
-        values, where = self.backend.download(tokens), self.backend.download(positions)
-        result = np.empty_like(values)
-        np.put_along_axis(result, where, values, axis=1)
-        return result.reshape(-1, grid, grid)
+        return in_raster(self.backend.download(tokens), self.backend.download(positions), self.manifest.model.grid)
+
+
+def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int) -> Tokens:
+    """tokens at positions, [N, grid²] each in any order → [N, grid, grid]."""
+    result = np.empty_like(tokens)
+    np.put_along_axis(result, positions, tokens, axis=1)
+    return result.reshape(-1, grid, grid)
 
 
 def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -176,7 +176,7 @@ def test_a_replay_gives_what_the_loop_saw(pipe: Pipeline, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipe.backend, "run", listening)
     (one,) = record(pipe, [1, 2], SEED, batch_size=2)
     drawn = len(seen)
-    replay(pipe.backend, pipe.manifest, one, lambda step, logits: None)
+    replay(pipe.backend, pipe.manifest, one)
     assert drawn == len(one.steps) == len(seen) - drawn
     for found, expected in zip(seen[drawn:], seen[:drawn], strict=True):
         assert np.abs(found - expected).max() < 1e-5
@@ -202,7 +202,7 @@ def test_multiply_adds(pipe: Pipeline, graphs: Graphs, groups: list[Group], traj
 
     taps = {graph: [group.input for group in groups if group.graph == graph] for graph in ("encoder", "decoder", "image_decoder")}
     backend = TappedBackend(pipe.manifest, graphs, tmp_path, taps, watch)
-    replay(backend, pipe.manifest, one, lambda step, logits: None)
+    replay(backend, pipe.manifest, one)
     backend.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
     for group in groups:
         for product in group.products:

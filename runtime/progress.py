@@ -1,0 +1,12 @@
+"""Progress on stderr."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tqdm import tqdm
+
+
+def progress_bar(total: int, unit: str, shown: bool = True) -> tqdm[NoReturn]:
+    """A bar that is gone when it is done; none where it is not to be shown, or where stderr is no terminal."""
+    return tqdm(total=total, unit=unit, disable=None if shown else True, leave=False)
