@@ -23,11 +23,11 @@ test: .venv/test/ready .venv/demo/ready
 	.venv/test/bin/python -m pytest
 	.venv/demo/bin/python tests/without_torch.py
 
-# Statistics over thousands of pictures.
+# Statistics over thousands of pictures, printed too.
 test-slow: .venv/test/ready
 	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
-	.venv/test/bin/python -m pytest -m slow
+	.venv/test/bin/python -m pytest -m slow -rP
 
 .venv/demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/demo

@@ -56,6 +56,13 @@ class Figures:
     accuracy_difference: Estimate
     distance_ratio: Estimate
 
+    def shown(self) -> str:
+        return (
+            f"{self.name}\n"
+            f"  recognised        {self.accuracy.shown(100)} %   against float32 {self.accuracy_difference.shown(100)} points\n"
+            f"  Fréchet distance  {self.distance.shown()}     against float32 × {self.distance_ratio.shown(digits=3)}"
+        )
+
 
 def draw(name: str, pipeline: Pipeline, classifier: Classifier, num: int, seed: int) -> Drawn:
     """`num` pictures a class, class by class; class k's first has seed + k · num."""
@@ -130,9 +137,7 @@ def main(engines: tuple[Path, ...], original: Path | None, references: Path, num
         return
     click.echo(f"{num * len(CLASSES)} pictures of each; 95 % intervals in brackets")
     for one in figures:
-        click.echo(f"{one.name}")
-        click.echo(f"  recognised        {one.accuracy.shown(100)} %   against float32 {one.accuracy_difference.shown(100)} points")
-        click.echo(f"  Fréchet distance  {one.distance.shown()}     against float32 × {one.distance_ratio.shown(digits=3)}")
+        click.echo(one.shown())
 
 
 if __name__ == "__main__":

@@ -38,9 +38,11 @@ def test_other_precisions_draw_as_well(tmp_path: Path) -> None:
     for name in ("fp16", "int8"):
         engines.append(tmp_path / name)
         convert_engine(BUNDLED_ENGINE, engines[-1], Precision(name))
-    float32, other_seeds, *others = evaluate_precisions(engines, REFERENCES, PICTURES, seed=0)
+    figures = evaluate_precisions(engines, REFERENCES, PICTURES, seed=0)
+    print(*(one.shown() for one in figures), sep="\n")
+    float32, other_seeds, *others = figures
     assert float32.accuracy.value > 0.9
     assert abs(other_seeds.accuracy_difference.value) < 0.01  # what chance alone does
-    for figures in others:
-        assert abs(figures.accuracy_difference.value) <= 0.005, figures
-        assert abs(figures.distance_ratio.value - 1) <= 0.05, figures
+    for one in others:
+        assert abs(one.accuracy_difference.value) <= 0.005, one
+        assert abs(one.distance_ratio.value - 1) <= 0.05, one
