@@ -33,16 +33,12 @@ def test_what_a_difference_is() -> None:
 
 
 @pytest.mark.slow
-def test_other_precisions_draw_as_well(tmp_path: Path) -> None:
-    engines = []
-    for name in ("fp16", "int8"):
-        engines.append(tmp_path / name)
-        convert_engine(BUNDLED_ENGINE, engines[-1], Precision(name))
-    figures = evaluate_precisions(engines, REFERENCES, PICTURES, seed=0)
+def test_int8_draws_as_well(tmp_path: Path) -> None:
+    convert_engine(BUNDLED_ENGINE, tmp_path / "int8", Precision("int8"))
+    figures = evaluate_precisions([tmp_path / "int8"], REFERENCES, PICTURES, seed=0)
     print(*(one.shown() for one in figures), sep="\n")
-    float32, other_seeds, *others = figures
+    float32, other_seeds, int8 = figures
     assert float32.accuracy.value > 0.9
     assert abs(other_seeds.accuracy_difference.value) < 0.01  # what chance alone does
-    for one in others:
-        assert abs(one.accuracy_difference.value) <= 0.005, one
-        assert abs(one.distance_ratio.value - 1) <= 0.05, one
+    assert abs(int8.accuracy_difference.value) <= 0.005
+    assert abs(int8.distance_ratio.value - 1) <= 0.05
