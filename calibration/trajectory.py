@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..runtime.backends import Backend, Tensor
-from ..runtime.loop import unroll
+from ..runtime.backends import Lane, Tensor
+from ..runtime.loop import initial_inputs, unroll
 from ..runtime.manifest import Manifest, ModelInfo
 from ..runtime.pipeline import Pipeline, image_seeds
 from ..runtime.schedule import Step
@@ -57,18 +57,17 @@ def record(
     result = []
     for start in range(0, len(labels), batch_size):
         chosen = slice(start, start + batch_size)
-        ((tokens, positions),) = pipeline.draw(list(labels[chosen]), seeds[chosen], list(steps), batch_size, None, False)
-        download = pipeline.backend.download
-        result.append(Trajectory(labels[chosen], steps, download(tokens), download(positions)))
+        ((tokens, positions),) = pipeline.draw(labels[chosen], seeds[chosen], steps, batch_size)
+        result.append(Trajectory(labels[chosen], steps, tokens, positions))
         advance(len(labels[chosen]))
     return result
 
 
-# (step, logits at trajectory.positions[:, step.visible:], features of the visible tokens), both on the backend
+# (step, logits at trajectory.positions[:, step.visible:], features of the visible tokens), both on the lane
 OnLogits = Callable[[Step, Tensor, Tensor], None]
 
 
-def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logits: OnLogits = lambda step, logits, features: None) -> None:
+def replay(lane: Lane, manifest: Manifest, trajectory: Trajectory, on_logits: OnLogits = lambda step, logits, features: None) -> None:
     """Runs the network along a trajectory: the tokens are the recorded ones, the features those that this engine computes."""
 
     def choose(step: Step, logits: Tensor, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,19 +76,20 @@ def replay(backend: Backend, manifest: Manifest, trajectory: Trajectory, on_logi
         tokens, where = trajectory.tokens, trajectory.positions
         parts = (tokens[:, first:], tokens[:, first:after], where[:, first:after], where[:, after:])
         # The next step's positions follow the trajectory's order, not the loop's: the order of masked positions changes nothing.
-        return tuple(backend.upload(np.ascontiguousarray(part)) for part in parts)  # type: ignore[return-value]
+        return tuple(lane.upload(np.ascontiguousarray(part)) for part in parts)  # type: ignore[return-value]
 
-    unroll(backend, manifest, trajectory.labels, trajectory.steps, choose)
+    inputs = {name: lane.upload(array) for name, array in initial_inputs(manifest, trajectory.labels, trajectory.steps).items()}
+    unroll(lane, inputs, len(trajectory.labels), trajectory.steps, choose)
 
 
-def replayed_logits(backend: Backend, manifest: Manifest, trajectory: Trajectory) -> list[Floats]:
+def replayed_logits(lane: Lane, manifest: Manifest, trajectory: Trajectory) -> list[Floats]:
     """Every step's guided logits along a trajectory, float32 [batch, masked, codes]."""
     result: list[Floats] = []
 
     def on_logits(step: Step, logits: Tensor, features: Tensor) -> None:
-        result.append(guided(backend.download(logits), step, len(trajectory.labels)))
+        result.append(guided(lane.download(logits), step, len(trajectory.labels)))
 
-    replay(backend, manifest, trajectory, on_logits)
+    replay(lane, manifest, trajectory, on_logits)
     return result
 
 

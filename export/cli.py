@@ -1,4 +1,4 @@
-"""`enat-export`: an engine from a checkpoint, or from a float32 engine one in another precision."""
+"""`enat-export`: an engine from a checkpoint, from a float32 engine one in another precision, and TensorRT builds of an engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ CHECKPOINT_OPTIONS = {
     "heads": "--heads",
     "encoder_depth": "--encoder-depth",
     "class_names": "--class-names",
-    "steps": "--steps",
     "cfg_scale": "--guidance",
     "mask_temp": "--mask-temperature",
     "samp_temp": "--sampling-temperature",
@@ -40,19 +39,31 @@ CALIBRATION_OPTIONS = {
     "modulation": "--modulation",
     "float_layers": "--float-layers",
 }
+TENSORRT_OPTIONS = {
+    "max_batch": "--max-batch",
+    "best_batch": "--best-batch",
+    "weights": "--weights",
+    "hardware": "--hardware",
+    "version_compatible": "--version-compatible",
+    "tf32": "--tf32",
+    "level": "--build-level",
+    "timing_cache": "--timing-cache",
+    "refit": "--refit",
+    "device": "--device",
+}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--ckpt", type=click.Path(path_type=Path), help="The network: .pth, .ckpt or .safetensors.")
 @click.option("--vqgan", type=click.Path(path_type=Path), help="The image tokenizer; without it the engine gives tokens only.")
-@click.option("--engine", type=click.Path(path_type=Path), help="In place of --ckpt: a float32 engine, to be made in another precision.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The engine directory to write.")
+@click.option("--engine", type=click.Path(path_type=Path), help="In place of --ckpt: an engine, to be made in another precision or built.")
+@click.option("--out", type=click.Path(path_type=Path), help="The engine directory to write; a TensorRT build goes into its engine.")
 @click.option(
     "--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Split, sampling defaults and class names of a published model."
 )
 @click.option("--heads", type=int, help="Attention heads; default: the preset's, or head_dim 64.")
 @click.option("--encoder-depth", type=int, help="Blocks that encode; default: the preset's, or all but the last 2.")
-@click.option("--steps", type=int, help="Default number of sampling steps of the engine.")
+@click.option("--steps", metavar="N[,N…]", help="Default number of sampling steps of the engine; all that TensorRT is built for.")
 @click.option("--guidance", "cfg_scale", type=float, help="Default guidance of the engine.")
 @click.option("--mask-temperature", "mask_temp", type=float, help="Default mask temperature of the engine.")
 @click.option("--sampling-temperature", "samp_temp", type=float, help="Default sampling temperature of the engine.")
@@ -80,20 +91,42 @@ CALIBRATION_OPTIONS = {
     type=click.Path(path_type=Path),
     help="File of the calibration: read where it exists, else written.",
 )
-@click.option("--force", is_flag=True, help="Replace an engine that exists.")
+@click.option("--tensorrt", is_flag=True, help="Build the engine for TensorRT on this machine's GPU.")
+@click.option("--max-batch", type=int, help="Of the TensorRT build: most images at once; default: 16.")
+@click.option("--best-batch", type=int, help="Of the build: images at once that it is tuned for; default: 1.")
+@click.option(
+    "--weights",
+    type=click.Choice(["included", "refittable", "stripped"]),
+    help="Of the build: in it (default), in it and exchangeable, or taken from the graphs at load.",
+)
+@click.option(
+    "--hardware",
+    type=click.Choice(["this", "same", "ampere+"]),
+    help="GPUs that the build serves: this model (default), the same compute capability, Ampere and later.",
+)
+@click.option("--version-compatible", is_flag=True, default=None, help="The build serves later TensorRT of the same major version too.")
+@click.option("--tf32", is_flag=True, default=None, help="Let float32 products of the build round their factors to 10 bits.")
+@click.option("--build-level", "level", type=int, help="TensorRT's optimization level, 0 to 5; default: 3.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="File that makes later builds faster: read and written.")
+@click.option("--refit", type=click.Path(path_type=Path), help="Engine whose refittable build gets the new weights, in place of a build.")
+@click.option("--device", help="GPU to build on and for; default: cuda:0.")
+@click.option("--force", is_flag=True, help="Replace an engine or a build that exists.")
 def main(
     ckpt: Path | None,
     engine: Path | None,
-    out: Path,
+    out: Path | None,
     precision: str,
     float_type: str | None,
     calibration_file: Path | None,
+    steps: str | None,
+    tensorrt: bool,
     force: bool,
     **options: Any,
 ) -> None:
     """Export a checkpoint as an engine: graphs traced, verified, and put in place only when all is well.
 
-    fp16 and int8 engines are made from the float32 one, which learns on pictures of its own, and compared with it.
+    fp16 and int8 engines are made from the float32 one, which learns on pictures of its own, and compared with it. A TensorRT build is
+    made from an engine of any precision, and lies in its directory.
     """
     started = time.perf_counter()
 
@@ -102,34 +135,82 @@ def main(
 
     if (ckpt is None) == (engine is None):
         raise InputError("expected either --ckpt or --engine")
-    checkpoint = {name: options[name] for name in CHECKPOINT_OPTIONS if options[name] is not None}
-    calibration = {name: options[name] for name in CALIBRATION_OPTIONS if options[name] is not None}
+    numbers = step_numbers(steps)
+    given = {name: value for name, value in options.items() if value is not None}
+    checkpoint = {name: given[name] for name in CHECKPOINT_OPTIONS if name in given}
+    calibration = {name: given[name] for name in CALIBRATION_OPTIONS if name in given}
+    building = {name: given[name] for name in TENSORRT_OPTIONS if name in given}
+    converting = engine is not None and precision != "fp32"
     if engine and checkpoint:
         raise InputError(f"{CHECKPOINT_OPTIONS[next(iter(checkpoint))]} goes with --ckpt; an engine brings its own")
-    if engine and precision == "fp32":
-        raise InputError("--engine is made in another precision: expected --precision fp16 or int8")
+    if engine and not converting and not tensorrt:
+        raise InputError("--engine is made in another precision, or built: expected --precision fp16 or int8, or --tensorrt")
     if precision != "int8" and (calibration or calibration_file):
-        given = CALIBRATION_OPTIONS[next(iter(calibration))] if calibration else "--calibration"
-        raise InputError(f"{given} goes with --precision int8")
+        option = CALIBRATION_OPTIONS[next(iter(calibration))] if calibration else "--calibration"
+        raise InputError(f"{option} goes with --precision int8")
     if precision != "int8" and float_type:
         raise InputError("--float-type goes with --precision int8")
-    check_target(out, force)
-    if precision == "fp32":
-        assert ckpt is not None
-        export_checkpoint(ckpt, out, force, report, **checkpoint)
-        report(f"engine written to {out}")
-        return
-    chosen, settings = conversion(precision, float_type, calibration)
+    if building and not tensorrt:
+        raise InputError(f"{TENSORRT_OPTIONS[next(iter(building))]} goes with --tensorrt")
+    if numbers and engine and not tensorrt:
+        raise InputError("--steps goes with --ckpt or --tensorrt; an engine brings its own")
+    if len(numbers) > 1 and not tensorrt:
+        raise InputError(f"expected one number of --steps, got {steps}; more of them go with --tensorrt")
+    if (out is None) != (engine is not None and not converting):
+        raise InputError("expected --out with a directory to write" if out is None else f"--out: the build goes into {engine}")
+    if tensorrt:
+        with needs("gpu", "--tensorrt"):
+            from .tensorrt_build import check_options
+        check_options(**building)
+    written = engine
+    if out is not None:
+        check_target(out, force)
+        written = out
+        if numbers:
+            checkpoint["steps"] = numbers[0]
+        if precision == "fp32":
+            assert ckpt is not None
+            export_checkpoint(ckpt, out, force, report, **checkpoint)
+            report(f"engine written to {out}")
+        else:
+            convert(ckpt, engine, out, conversion(precision, float_type, calibration), calibration_file, force, report, checkpoint)
+    if tensorrt:
+        from .tensorrt_build import build_engine
+
+        assert written is not None
+        build = build_engine(written, numbers, force=force, report=report, progress=True, **building)
+        report(f"TensorRT build for {build.platform}: {written / build.folder}")
+
+
+def step_numbers(text: str | None) -> tuple[int, ...]:
+    """8,12 → (8, 12). Raises InputError."""
+    try:
+        return tuple(int(word) for word in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise InputError(f"--steps: expected a number, or numbers with commas between, got {text!r}") from None
+
+
+def convert(
+    ckpt: Path | None,
+    engine: Path | None,
+    out: Path,
+    chosen: tuple[Precision, Any],
+    calibration_file: Path | None,
+    force: bool,
+    report: Any,
+    checkpoint: dict[str, Any],
+) -> None:
+    """Makes an engine in another precision, from a float32 one or from a checkpoint by way of one."""
     from .convert import convert_engine
 
     if engine:
-        convert_engine(engine, out, chosen, settings, calibration_file, force, report, progress=True)
+        convert_engine(engine, out, *chosen, calibration_file, force, report, progress=True)
         return
     assert ckpt is not None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".float32", dir=out.absolute().parent) as folder:
         export_checkpoint(ckpt, Path(folder), force, report, **checkpoint)
-        convert_engine(Path(folder), out, chosen, settings, calibration_file, force, report, progress=True)
+        convert_engine(Path(folder), out, *chosen, calibration_file, force, report, progress=True)
 
 
 def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_names: Path | None = None, **options: Any) -> None:

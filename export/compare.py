@@ -154,12 +154,12 @@ Recorded = list[tuple[NDArray[Any], NDArray[Any]]]  # every step's guided logits
 
 def replayed(pipeline: Pipeline, trajectory: Trajectory) -> Recorded:
     result: Recorded = []
-    download = pipeline.backend.download
 
     def on_logits(step: Step, logits: Tensor, features: Tensor) -> None:
-        result.append((guided(download(logits), step, len(trajectory.labels)), download(features).astype(np.float32)))
+        result.append((guided(lane.download(logits), step, len(trajectory.labels)), lane.download(features).astype(np.float32)))
 
-    replay(pipeline.backend, pipeline.manifest, trajectory, on_logits)
+    with pipeline.backend.lease() as lane:
+        replay(lane, pipeline.manifest, trajectory, on_logits)
     return result
 
 

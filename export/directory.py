@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError, reason
-from ..runtime.manifest import FILE, file_entries, read_manifest
+from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
 from ..runtime.pictures import check_writable
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Writes the manifest of what lies in `folder`, which is then a whole engine."""
     content = {**content, "files": file_entries(folder)}
-    (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / FILE).write_bytes(manifest_text(content))
     read_manifest(folder, verify=False)
 
 

@@ -21,7 +21,7 @@ from ..runtime.schedule import schedule
 from . import verify
 from .directory import check_target, producer, put_in_place, write_manifest
 from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean
-from .tables import OPSET, condition_graph, reference_sampler, sampler_graph
+from .tables import OPSET, condition_graph, sampler_graph
 from .trace import Port, trace
 
 
@@ -98,7 +98,7 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
     report("condition")
     with torch.inference_mode():
         tables = modulation(torch.arange(config.num_classes + 1))
-    add("condition", condition_graph(*tables), modulation, verify.condition_cases(config))
+    add("condition", condition_graph(*(table.numpy() for table in tables)), modulation, verify.condition_cases(config))
     del tables
 
     report("encoder")
@@ -135,7 +135,7 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
     del graph
 
     report("sampler")
-    add("sampler", sampler_graph(config.length, config.codes), reference_sampler, verify.sampler_cases(config))
+    add("sampler", sampler_graph(config.length, config.codes), verify.reference_sampler, verify.sampler_cases(config))
 
     if tokenizer:
         size = config.grid * tokenizer.config.factor

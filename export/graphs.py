@@ -119,4 +119,4 @@ class ImageEncoderGraph(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images.permute(0, 3, 1, 2).float() / 255)
+        return self.tokenizer.encode(images.float().permute(0, 3, 1, 2) / 255)

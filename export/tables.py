@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
-from torch import Tensor
+from numpy.typing import NDArray
 
 from ..calibration.quantize import INPUT_LIMIT, ZERO_POINT, constant, describe
 
@@ -13,7 +15,7 @@ OPSET = 20
 IR_VERSION = 10
 
 
-def condition_graph(encoder_table: Tensor, decoder_table: Tensor) -> ir.Model:
+def condition_graph(encoder_table: NDArray[Any], decoder_table: NDArray[Any]) -> ir.Model:
     """labels [rows] → each table's rows: encoder_modulation, decoder_modulation [rows, …]."""
     labels = ir.Value(name="labels", shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT64))
     tables, nodes, outputs = [], [], []
@@ -86,29 +88,6 @@ def sampler_graph(length: int, codes: int) -> ir.Model:
     """The sampler for images of `length` tokens out of `codes`; inputs and outputs as in the engine contract."""
     text = SAMPLER.format(ir_version=IR_VERSION, opset=OPSET, length=length, codes=codes)
     return ir.from_proto(onnx.parser.parse_model(text))
-
-
-def reference_sampler(
-    logits: Tensor,
-    positions: Tensor,
-    choice_noise: Tensor,
-    confidence_noise: Tensor,
-    guidance: Tensor,
-    sampling_temperature: Tensor,
-    mask_temperature: Tensor,
-    keep: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sampler in PyTorch, to verify the graph against."""
-    batch = len(positions)
-    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
-    logp = (conditional + guidance * (conditional - unconditional)).log_softmax(-1)
-    cumulative = (logp / sampling_temperature).softmax(-1).cumsum(-1)
-    threshold = choice_noise.gather(1, positions)[..., None] * cumulative[..., -1:]
-    tokens = (cumulative <= threshold).sum(-1)
-    confidence = logp.gather(2, tokens[..., None]).squeeze(2) + mask_temperature * confidence_noise.gather(1, positions)
-    order = confidence.argsort(1, descending=True)
-    revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
-    return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)
 
 
 def int8_probe() -> ir.Model:

@@ -157,3 +157,26 @@ def image_encoder_cases(image_size: int, batches: Sequence[int] = (1, 2)) -> Ite
     rng = generator()
     for batch in batches:
         yield {"images": torch.randint(256, (batch, image_size, image_size, 3), dtype=torch.uint8, generator=rng)}
+
+
+def reference_sampler(
+    logits: Tensor,
+    positions: Tensor,
+    choice_noise: Tensor,
+    confidence_noise: Tensor,
+    guidance: Tensor,
+    sampling_temperature: Tensor,
+    mask_temperature: Tensor,
+    keep: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sampler in PyTorch, to verify the graph against."""
+    batch = len(positions)
+    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
+    logp = (conditional + guidance * (conditional - unconditional)).log_softmax(-1)
+    cumulative = (logp / sampling_temperature).softmax(-1).cumsum(-1)
+    threshold = choice_noise.gather(1, positions)[..., None] * cumulative[..., -1:]
+    tokens = (cumulative <= threshold).sum(-1)
+    confidence = logp.gather(2, tokens[..., None]).squeeze(2) + mask_temperature * confidence_noise.gather(1, positions)
+    order = confidence.argsort(1, descending=True)
+    revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
+    return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)

@@ -160,4 +160,4 @@ class Tokenizer(nn.Module):
 
 def to_uint8(images: Tensor) -> Tensor:
     """images [B, 3, H, W], about [0, 1] → uint8 [B, H, W, 3]."""
-    return torch.floor(images.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+    return torch.floor(images.clamp(0, 1) * 255 + 0.5).permute(0, 2, 3, 1).to(torch.uint8)

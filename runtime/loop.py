@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .backends import FLOAT_TYPES, Backend, Tensor
+from .backends import FLOAT_TYPES, Lane, Tensor
 from .manifest import Manifest
 from .noise import step_noise
 from .schedule import Step
+
+Array = NDArray[Any]
 
 # (step, tokens, positions, masked_positions): every token as chosen so far, at its position, and which positions stay masked
 OnStep = Callable[[Step, Tensor, Tensor, Tensor], None]
@@ -17,58 +21,76 @@ OnStep = Callable[[Step, Tensor, Tensor, Tensor], None]
 # (step, logits, positions, features) → tokens at the positions, the revealed ones' tokens and positions, the positions that stay masked
 Choose = Callable[[Step, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
+STEP_NUMBERS = ("guidance", "sampling_temperature", "mask_temperature")
+
 
 def sample(
-    backend: Backend, manifest: Manifest, labels: Sequence[int], seeds: Sequence[int], steps: Sequence[Step], on_step: OnStep | None = None
-) -> tuple[Tensor, Tensor]:
+    lane: Lane,
+    manifest: Manifest,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    steps: Sequence[Step],
+    images: bool = False,
+    on_step: OnStep | None = None,
+) -> list[Array]:
     """Draws one batch.
 
-    labels, seeds: one an image; steps: from `schedule`. Returns the backend's (tokens, positions) [batch, length], in the order in
-    which they were revealed. `on_step` is called after every step, with the revealed tokens and the step's choice for all others.
+    labels, seeds: one an image; steps: from `schedule`. Returns [tokens, positions], int64 [batch, length] each, in the order in which
+    they were revealed; or with `images` [pictures], uint8 [batch, height, width, 3]. `on_step` is called after every step, with the
+    revealed tokens and the step's choice for all others.
     """
-    noise = [tuple(map(backend.upload, step_noise(seeds, step.index, manifest.model.length))) for step in steps]
+    arrays = initial_inputs(manifest, labels, steps)
+    for step in steps:
+        choice, confidence = step_noise(seeds, step.index, manifest.model.length)
+        arrays |= {f"choice_noise {step.index}": choice, f"confidence_noise {step.index}": confidence}
+        arrays |= {f"{name} {step.index}": np.array(getattr(step, name), np.float32) for name in STEP_NUMBERS}
 
-    def choose(step: Step, logits: Tensor, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        choice_noise, confidence_noise = noise[step.index]
-        tokens, revealed_tokens, revealed_positions, masked_positions = backend.run(
-            "sampler",
-            {
-                "logits": logits,
-                "positions": positions,
-                "choice_noise": choice_noise,
-                "confidence_noise": confidence_noise,
-                "guidance": backend.upload(np.array(step.guidance, np.float32)),
-                "sampling_temperature": backend.upload(np.array(step.sampling_temperature, np.float32)),
-                "mask_temperature": backend.upload(np.array(step.mask_temperature, np.float32)),
-                "keep": backend.upload(np.array(step.keep, np.int64)),
-            },
-        )
-        return tokens, revealed_tokens, revealed_positions, masked_positions
+    def program(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        def choose(step: Step, logits: Tensor, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            own = {name: inputs[f"{name} {step.index}"] for name in ("choice_noise", "confidence_noise", *STEP_NUMBERS)}
+            keep = np.array(step.keep, np.int64)
+            chosen = lane.run("sampler", {"logits": logits, "positions": positions, **own, "keep": keep})
+            tokens, revealed_tokens, revealed_positions, masked_positions = chosen
+            return tokens, revealed_tokens, revealed_positions, masked_positions
 
-    return unroll(backend, manifest, labels, steps, choose, on_step)
+        tokens, positions = unroll(lane, inputs, len(labels), steps, choose, on_step)
+        return lane.run("image_decoder", {"tokens": tokens, "positions": positions}) if images else [tokens, positions]
+
+    # What the program launches follows from these numbers, and not from labels, seeds, guidance or temperatures.
+    shape = (images, len(labels), len(arrays["labels"]), tuple((step.new, step.masked, step.keep) for step in steps))
+    return lane.compute(None if on_step else shape, arrays, program)
+
+
+def initial_inputs(manifest: Manifest, labels: Sequence[int], steps: Sequence[Step]) -> dict[str, Array]:
+    """What the network begins with. Step 0 has no guidance, so it needs no unconditional rows: its features have `batch` rows."""
+    model, batch = manifest.model, len(labels)
+    rows = 2 * batch if any(step.guidance > 0 for step in steps) else batch
+    float_type = FLOAT_TYPES[manifest.float_type]
+    return {
+        "labels": np.array([*labels, *[model.num_classes] * (rows - batch)], np.int64),
+        "positions": np.tile(np.arange(model.length, dtype=np.int64), (batch, 1)),
+        "first_features": np.zeros((batch, 0, model.dim), float_type),
+        "features": np.zeros((rows, 0, model.dim), float_type),
+    }
 
 
 def unroll(
-    backend: Backend, manifest: Manifest, labels: Sequence[int], steps: Sequence[Step], choose: Choose, on_step: OnStep | None = None
+    lane: Lane, inputs: Mapping[str, Tensor], batch: int, steps: Sequence[Step], choose: Choose, on_step: OnStep | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The network over all steps, whoever chooses the tokens. Returns (tokens, positions) in the order in which they were revealed."""
-    model, batch = manifest.model, len(labels)
-    guided = any(step.guidance > 0 for step in steps)
-    rows = 2 * batch if guided else batch
-    row_labels = np.array([*labels, *[model.num_classes] * (rows - batch)], np.int64)
-    encoder_modulation, decoder_modulation = backend.run("condition", {"labels": backend.upload(row_labels)})
-    # Step 0 has no guidance, so it needs no unconditional rows.
-    features = backend.upload(np.zeros((batch, 0, model.dim), FLOAT_TYPES[manifest.float_type]))
-    modulation = backend.first_rows(decoder_modulation, batch)
-    positions = backend.upload(np.tile(np.arange(model.length, dtype=np.int64), (batch, 1)))
+    """The network over all steps, whoever chooses the tokens. `inputs`: what `initial_inputs` gives, uploaded.
+
+    Returns (tokens, positions) in the order in which they were revealed.
+    """
+    encoder_modulation, decoder_modulation = lane.run("condition", {"labels": inputs["labels"]})
+    features, modulation = inputs["first_features"], lane.first_rows(decoder_modulation, batch)
+    positions = inputs["positions"]
     revealed_tokens: list[Tensor] = []
     revealed_positions: list[Tensor] = []
     for step in steps:
         if step.index > 0:
             if step.index == 1:
-                features = backend.upload(np.zeros((rows, 0, model.dim), FLOAT_TYPES[manifest.float_type]))
-                modulation = decoder_modulation
-            (features,) = backend.run(
+                features, modulation = inputs["features"], decoder_modulation
+            (features,) = lane.run(
                 "encoder",
                 {
                     "tokens": revealed_tokens[-1],
@@ -77,12 +99,12 @@ def unroll(
                     "encoder_modulation": encoder_modulation,
                 },
             )
-        (logits,) = backend.run("decoder", {"positions": positions, "features": features, "decoder_modulation": modulation})
+        (logits,) = lane.run("decoder", {"positions": positions, "features": features, "decoder_modulation": modulation})
         tokens, step_tokens, step_positions, still_masked = choose(step, logits, positions, features)
         if on_step:
-            all_tokens = backend.concatenate([*revealed_tokens, tokens])
-            on_step(step, all_tokens, backend.concatenate([*revealed_positions, positions]), still_masked)
+            all_tokens = lane.concatenate([*revealed_tokens, tokens])
+            on_step(step, all_tokens, lane.concatenate([*revealed_positions, positions]), still_masked)
         revealed_tokens.append(step_tokens)
         revealed_positions.append(step_positions)
         positions = still_masked
-    return backend.concatenate(revealed_tokens), backend.concatenate(revealed_positions)
+    return lane.concatenate(revealed_tokens), lane.concatenate(revealed_positions)

@@ -50,8 +50,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Manifest:
     """What an engine directory says of itself. `source` tells what it was made from, `weight_bits` of what size the
-    quantized weights are at most (8 where nothing is said), `hash` is the SHA-256 of manifest.json, which holds
-    those of all files."""
+    quantized weights are at most (8 where nothing is said), `builds` what was built from the graphs for some machine.
+    `hash` is the SHA-256 of manifest.json, which holds those of all files, as `manifest_text` writes it without builds."""
 
     folder: Path
     model: ModelInfo
@@ -61,6 +61,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     source: dict[str, Any]
     weight_bits: int
+    builds: list[Any]
     hash: str
 
     def path(self, name: str) -> Path:
@@ -78,6 +79,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def manifest_text(content: dict[str, Any]) -> bytes:
+    """manifest.json as enat writes it."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
 def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     """Reads and checks an engine directory: format, version, sizes and hashes (of files over 64 MiB only with `verify`).
 
@@ -87,9 +93,8 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     if not file.is_file():
         found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
         raise EngineError(f"{folder}: not an engine directory: {found}")
-    raw = file.read_bytes()
     try:
-        data = json.loads(raw)
+        data = json.loads(file.read_bytes())
     except ValueError as error:
         raise EngineError(f"{file}: not valid JSON ({error})") from error
     reader = Reader(file)
@@ -115,7 +120,8 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         files=files,
         source=reader.section(data, "source") if "source" in data else {},
         weight_bits=reader.integer(calibration, "weight_bits", 1) if "weight_bits" in calibration else 8,
-        hash=hashlib.sha256(raw).hexdigest(),
+        builds=reader.items(data, "builds") if "builds" in data else [],
+        hash=hashlib.sha256(manifest_text({name: value for name, value in data.items() if name != "builds"})).hexdigest(),
     )
     reader.expect(
         manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}"
@@ -123,7 +129,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     for name in REQUIRED_GRAPHS:
         reader.expect(name in files, "files", sorted(files), f"{name} among them")
     for name, entry in files.items():
-        check_file(reader, folder, name, entry, verify)
+        check_file(folder, name, entry, verify)
     return manifest
 
 
@@ -140,9 +146,9 @@ def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
     return ModelInfo(**sizes, image_size=image_size, class_names=None if names is None else tuple(names))
 
 
-def check_file(reader: Reader, folder: Path, name: str, entry: object, verify: bool) -> None:
+def check_file(folder: Path, name: str, entry: object, verify: bool) -> None:
     """Raises EngineError unless the file lies inside the directory with the size and hash of its entry."""
-    where = f"files[{name!r}]"
+    reader, where = Reader(folder / FILE), f"files[{name!r}]"
     parts = PurePosixPath(name).parts
     inside = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
     reader.expect(inside, where, name, "a path inside the engine directory")
@@ -181,6 +187,12 @@ class Reader:
         value = data.get(key)
         self.expect(isinstance(value, dict), key, value, "an object")
         assert isinstance(value, dict)
+        return value
+
+    def items(self, data: dict[str, Any], key: str) -> list[Any]:
+        value = data.get(key)
+        self.expect(isinstance(value, list), key, value, "an array")
+        assert isinstance(value, list)
         return value
 
     def integer(self, data: dict[str, Any], key: str, least: int, where: str = "") -> int:

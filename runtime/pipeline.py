@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError, InputError, Stopped
-from .backends import Backend, Tensor, open_backend
+from .backends import Backend, Lane, Tensor, open_backend
 from .classes import class_index
 from .loop import OnStep, sample
 from .manifest import Manifest, read_manifest
@@ -27,18 +27,22 @@ BATCH_SIZE = 8
 
 
 class Preview:
-    """The pictures of the batch being drawn, as they would be if the run ended after this step. Made only when asked for."""
+    """The pictures of the batch being drawn, as they would be if the run ended after this step. Made only when asked for, inside
+    the callback."""
 
-    def __init__(self, pipeline: Pipeline, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
-        self.pipeline, self.tokens, self.positions, self.masked_positions = pipeline, tokens, positions, masked_positions
+    def __init__(self, pipeline: Pipeline, lane: Lane, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
+        self.pipeline, self.lane = pipeline, lane
+        self.tokens, self.positions, self.masked_positions = tokens, positions, masked_positions
 
     def __call__(self) -> Images:
         """uint8 [batch, height, width, 3]. Raises EngineError where the engine has no image decoder."""
-        return self.pipeline.decode_tensors(self.tokens, self.positions)
+        self.pipeline.require_images()
+        (images,) = self.lane.run("image_decoder", {"tokens": self.tokens, "positions": self.positions})
+        return self.lane.download(images)
 
     def masked(self) -> NDArray[np.bool_]:
         """Which tokens are not revealed yet: [batch, grid, grid]."""
-        positions = self.pipeline.backend.download(self.masked_positions)
+        positions = self.lane.download(self.masked_positions)
         grid = self.pipeline.manifest.model.grid
         result = np.zeros((len(positions), grid * grid), bool)
         np.put_along_axis(result, positions, True, axis=1)
@@ -64,14 +68,16 @@ class Pipeline:
         device: str = "cpu",
         threads: int | None = None,
         verify: bool = False,
+        slots: int = 1,
     ) -> Pipeline:
         """Loads an engine directory; without one, the engine that comes with the package (letters and digits).
 
-        threads: on the CPU, all cores by default. verify: hash files over 64 MiB too.
+        device: cpu, or cuda:0 for the first GPU. threads: on the CPU, all cores by default. verify: hash files over 64 MiB too.
+        slots: batches in flight at once on a GPU, each with memory of its own; further threads wait for one.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
         """
         manifest = read_manifest(BUNDLED_ENGINE if engine is None else Path(engine), verify)
-        return cls(manifest, open_backend(backend, manifest, device, threads))
+        return cls(manifest, open_backend(backend, manifest, device, threads, slots))
 
     def __enter__(self) -> Pipeline:
         return self
@@ -89,7 +95,7 @@ class Pipeline:
         stopped the run.
         """
         self.require_images()
-        return np.concatenate([self.decode_tensors(tokens, positions) for tokens, positions in self.batches(classes, **settings)])
+        return np.concatenate([images for (images,) in self.batches(classes, images=True, **settings)])
 
     def generate_tokens(self, classes: Sequence[int | str], **settings: Any) -> Tokens:
         """Draws tokens: int64 [N, grid, grid].
@@ -100,7 +106,8 @@ class Pipeline:
         mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
         batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr where that is a terminal.
         """
-        return np.concatenate([self.raster(tokens, positions) for tokens, positions in self.batches(classes, **settings)])
+        grid = self.manifest.model.grid
+        return np.concatenate([in_raster(tokens, positions, grid) for tokens, positions in self.batches(classes, **settings)])
 
     def schedule(
         self,
@@ -127,9 +134,10 @@ class Pipeline:
         batch_size: int = BATCH_SIZE,
         callback: Callback | None = None,
         progress: bool = False,
+        images: bool = False,
         **settings: Any,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draws batch by batch: the backend's (tokens, positions) of each. Arguments are checked before the first is drawn."""
+    ) -> Iterator[list[NDArray[Any]]]:
+        """Draws batch by batch: what `loop.sample` gives for each. Arguments are checked before the first is drawn."""
         steps = self.schedule(**settings)
         if num < 1:
             raise InputError(f"expected 1 or more images a class, got {num}")
@@ -139,25 +147,33 @@ class Pipeline:
         if not labels:
             raise InputError("expected at least one class")
         seeds = image_seeds(seed, len(labels))
-        return self.draw(labels, seeds, steps, batch_size, callback, progress)
+        return self.draw(labels, seeds, steps, batch_size, images, callback, progress)
 
     def draw(
-        self, labels: list[int], seeds: list[int], steps: list[Step], batch_size: int, callback: Callback | None, progress: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        steps: Sequence[Step],
+        batch_size: int = BATCH_SIZE,
+        images: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Iterator[list[NDArray[Any]]]:
         starts = range(0, len(labels), batch_size)
         total = len(starts) * len(steps)
-        with progress_bar(total, "step", progress) as bar:
+        with progress_bar(total, "step", progress) as bar, self.backend.lease() as lane:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
-                if callback and callback(bar_start + step.index, total, Preview(self, tokens, positions, masked_positions)):
+                if callback and callback(bar_start + step.index, total, Preview(self, lane, tokens, positions, masked_positions)):
                     raise Stopped(f"stopped after step {bar_start + step.index + 1} of {total}")
 
-            hook: OnStep | None = on_step if callback or progress else None
-            for number, start in enumerate(starts):
+            hook: OnStep | None = on_step if callback or (progress and not lane.records) else None
+            for number, first in enumerate(starts):
                 bar_start = number * len(steps)
-                chosen = slice(start, start + batch_size)
-                yield sample(self.backend, self.manifest, labels[chosen], seeds[chosen], steps, hook)
+                chosen = slice(first, first + batch_size)
+                yield sample(lane, self.manifest, labels[chosen], seeds[chosen], steps, images, hook)
+                bar.update(bar_start + len(steps) - bar.n)
 
     def require_images(self) -> None:
         """Raises EngineError where the engine cannot make pictures."""
@@ -167,13 +183,9 @@ class Pipeline:
                 "ask for tokens, or export it again with its tokenizer (--vqgan)"
             )
 
-    def decode_tensors(self, tokens: Tensor, positions: Tensor) -> Images:
-        self.require_images()
-        (images,) = self.backend.run("image_decoder", {"tokens": tokens, "positions": positions})
-        return self.backend.download(images)
-
     def decode(self, tokens: NDArray[np.integer[Any]]) -> Images:
         """tokens [N, grid, grid] → pictures, uint8 [N, height, width, 3]."""
+        self.require_images()
         model = self.manifest.model
         tokens = np.asarray(tokens)
         if tokens.ndim != 3 or tokens.shape[1:] != (model.grid, model.grid):
@@ -182,7 +194,7 @@ class Pipeline:
             raise InputError(f"expected tokens of 0 to {model.codes - 1}, got {tokens.min()} to {tokens.max()}")
         flat = np.ascontiguousarray(tokens.reshape(len(tokens), -1), np.int64)
         positions = np.tile(np.arange(model.length, dtype=np.int64), (len(flat), 1))
-        return self.decode_tensors(self.backend.upload(flat), self.backend.upload(positions))
+        return self.run_graph("image_decoder", {"tokens": flat, "positions": positions})
 
     def encode(self, images: Images) -> Tokens:
         """pictures, uint8 [N, height, width, 3] → tokens [N, grid, grid]. Raises EngineError without an image encoder."""
@@ -194,11 +206,13 @@ class Pipeline:
             raise InputError(
                 f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}"
             )
-        (tokens,) = self.backend.run("image_encoder", {"images": self.backend.upload(images)})
-        return self.backend.download(tokens).reshape(-1, model.grid, model.grid)
+        return self.run_graph("image_encoder", {"images": images}).reshape(-1, model.grid, model.grid)
 
-    def raster(self, tokens: Tensor, positions: Tensor) -> Tokens:
-        return in_raster(self.backend.download(tokens), self.backend.download(positions), self.manifest.model.grid)
+    def run_graph(self, graph: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One run of a graph with one output."""
+        with self.backend.lease() as lane:
+            (result,) = lane.compute(None, arrays, lambda inputs: lane.run(graph, inputs))
+            return result
 
 
 def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int) -> Tokens:

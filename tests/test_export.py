@@ -156,10 +156,10 @@ def test_an_interrupted_export_leaves_nothing(engine_copy: Path) -> None:
 
 
 def test_a_graph_that_computes_something_else_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import enat.export.engine as engine
+    from enat.export import verify
 
-    right = engine.reference_sampler
-    monkeypatch.setattr(engine, "reference_sampler", lambda **inputs: right(**{**inputs, "guidance": inputs["guidance"] + 1}))
+    right = verify.reference_sampler
+    monkeypatch.setattr(verify, "reference_sampler", lambda **inputs: right(**{**inputs, "guidance": inputs["guidance"] + 1}))
     result = export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path / "engine")
     refused(result, "sampler.onnx", "differs from PyTorch", code=1)
     assert list(tmp_path.iterdir()) == []

@@ -5,39 +5,47 @@ The loop treats a backend's tensors as opaque: it never looks into one, so they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError, EngineError, InputError
 from ..manifest import Manifest
 
+Array = NDArray[Any]
 Tensor = Any  # a backend's own handle
+Program = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
-# name → module and class; imported when first asked for
-BACKENDS = {"onnxruntime": ("onnxruntime_cpu", "OnnxRuntimeBackend")}
+# name → kind of device → module and class, imported when first asked for
+BACKENDS = {
+    "onnxruntime": {"cpu": ("onnxruntime_cpu", "OnnxRuntimeBackend"), "cuda": ("onnxruntime_cuda", "OnnxRuntimeCudaBackend")},
+    "onnxruntime-tensorrt": {"cuda": ("onnxruntime_cuda", "OnnxRuntimeTensorRTBackend")},
+    "tensorrt": {"cuda": ("tensorrt", "TensorRTBackend")},
+}
+AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}  # the fastest first
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # what to install for a kind of device
 
 
-class Backend(Protocol):
-    """What the loop needs of a backend. `run` may return before the work is done; only `download` waits for it.
+class Lane(Protocol):
+    """Where the tensors of one batch live and its graphs run, one after the other. One thread uses it at a time.
 
-    Methods may be called from several threads at once.
+    `run` may return before the work is done; only `download` and `compute` wait for it.
     """
 
-    name: str
-    device: str
+    records: bool  # whether `compute` makes a record of what it launches
 
-    def upload(self, array: NDArray[Any]) -> Tensor:
-        """A tensor with the array's values. 0-dimensional arrays are the graphs' scalars, and may stay on the host."""
+    def upload(self, array: Array) -> Tensor:
+        """A tensor with the array's values."""
 
-    def download(self, tensor: Tensor) -> NDArray[Any]:
+    def download(self, tensor: Tensor) -> Array:
         """The tensor's values; waits for what computes them."""
 
-    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """Runs a graph ("encoder", …) → its outputs in the contract's order."""
+    def run(self, graph: str, inputs: Mapping[str, Tensor | Array]) -> Sequence[Tensor]:
+        """Runs a graph ("encoder", …) → its outputs in the contract's order. `keep`, which decides shapes, stays a NumPy array."""
 
     def first_rows(self, tensor: Tensor, rows: int) -> Tensor:
         """The first `rows` entries along axis 0."""
@@ -45,26 +53,62 @@ class Backend(Protocol):
     def concatenate(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors one after the other along axis 1."""
 
+    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        """Uploads the arrays, runs the program on the tensors, and downloads what it gives.
+
+        Programs with the same key launch the same work on arrays of the same shapes, whatever the values: a lane may record it the
+        first time and launch the record from then on, without calling the program. None: it is never recorded.
+        """
+
+
+class Backend(Protocol):
+    """An engine's graphs, loaded. Its methods may be called from several threads at once."""
+
+    name: str
+    device: str
+
+    def lease(self) -> AbstractContextManager[Lane]:
+        """A lane for the time of a `with` block; waits while all are taken."""
+
     def close(self) -> None:
         """Gives back what the backend holds."""
 
 
-def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: int | None = None) -> Backend:
-    """Loads an engine's graphs into a backend. `name` is one of BACKENDS or "auto"; `threads` on the CPU, all cores by default.
+def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: int | None = None, slots: int = 1) -> Backend:
+    """Loads an engine's graphs into a backend.
 
-    Raises InputError for an unknown name, BackendError where the backend is not installed or cannot load the graphs.
+    name: one of BACKENDS, or "auto" for the first of AUTO that works. device: cpu, cuda or cuda:N. threads: on the CPU, all cores by
+    default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it does not know, BackendError
+    where the backend is not installed or cannot load the graphs.
     """
-    if name == "auto":
-        name = "onnxruntime"
-    if name not in BACKENDS:
+    kind = device.split(":")[0]
+    if kind not in AUTO:
+        raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
+    if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
     if threads is not None and threads < 1:
         raise InputError(f"expected 1 or more threads, got {threads}")
-    module, cls = BACKENDS[name]
+    if slots < 1:
+        raise InputError(f"expected 1 or more slots, got {slots}")
+    if name != "auto":
+        return load_backend(name, kind, manifest, device, threads, slots)
+    reasons: list[str] = []
+    for candidate in AUTO[kind]:
+        try:
+            return load_backend(candidate, kind, manifest, device, threads, slots)
+        except (BackendError, EngineError) as error:
+            reasons.append(str(error))
+    raise BackendError("; ".join(dict.fromkeys(reasons)))
+
+
+def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Backend:
+    if kind not in BACKENDS[name]:
+        raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
+    module, cls = BACKENDS[name][kind]
     try:
-        backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads)
+        backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
     except ImportError as error:
-        raise BackendError(f"the backend {name} is not installed ({error}); install it with: pip install 'enat[cpu]'") from error
+        raise BackendError(f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{EXTRAS[kind]}]'") from error
     return backend
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from ...errors import BackendError, InputError
 from ..manifest import Manifest
-
-Array = NDArray[Any]
+from . import Array, Program
+from .sessions import Sessions, first_line
 
 SAFE_WEIGHT_BITS = 7
 PROBE = Path(__file__).parent / "int8_probe.onnx"
@@ -35,13 +34,14 @@ def int8_saturates() -> bool:
 
 
 class OnnxRuntimeBackend:
-    """One session a graph, made when the graph is first run."""
+    """One session a graph, made when the graph is first run. It is its own lane: nothing of it belongs to one batch."""
 
     name = "onnxruntime"
+    records = False
 
-    def __init__(self, manifest: Manifest, device: str, threads: int | None) -> None:
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         if device != "cpu":
-            raise InputError(f"the backend {self.name} runs on the device cpu, got {device!r}")
+            raise InputError(f"expected the device cpu, got {device!r}")
         self.device = device
         self.manifest = manifest
         self.options = ort.SessionOptions()
@@ -58,21 +58,16 @@ class OnnxRuntimeBackend:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.sessions: dict[str, ort.InferenceSession] = {}
-        self.lock = threading.Lock()
-
-    def session(self, graph: str) -> ort.InferenceSession:
-        with self.lock:
-            if graph not in self.sessions:
-                path = self.path(graph)
-                try:
-                    self.sessions[graph] = ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
-                except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-                    raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
-            return self.sessions[graph]
+        self.sessions = Sessions(self.path, self.options, ["CPUExecutionProvider"], "CPUExecutionProvider")
 
     def path(self, graph: str) -> Path:
         return self.manifest.path(f"{graph}.onnx")
+
+    def lease(self) -> AbstractContextManager[OnnxRuntimeBackend]:
+        return contextlib.nullcontext(self)
+
+    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        return list(program(arrays))
 
     def upload(self, array: Array) -> Array:
         return array
@@ -81,7 +76,7 @@ class OnnxRuntimeBackend:
         return tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        session = self.session(graph)
+        session = self.sessions.get(graph)
         try:
             return session.run(None, dict(inputs))
         except Exception as error:
@@ -94,9 +89,4 @@ class OnnxRuntimeBackend:
         return np.concatenate(tensors, axis=1)
 
     def close(self) -> None:
-        with self.lock:
-            self.sessions.clear()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.sessions.close()

@@ -1,0 +1,102 @@
+"""TensorRT optimization profiles from the sampling schedule: which shapes each graph meets, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import InputError
+from ..runtime.builds import Profile, Shape
+from ..runtime.manifest import Manifest, ModelInfo
+from ..runtime.schedule import schedule
+
+TOPK_LIMIT = 3840  # the most that TensorRT's top-k sorts
+
+Range = tuple[int, int, int]  # least, best, most
+
+
+def graph_profiles(
+    manifest: Manifest, steps: Sequence[int], batch: Range, modulation: Mapping[str, Shape], image_encoder: bool = True
+) -> dict[str, list[Profile]]:
+    """Profiles for every graph of an engine: one for each step of runs of `steps` steps, with its exact token counts; then one for
+    anything else, empty dimensions included.
+
+    batch: images at once. modulation: shapes of the condition's outputs beyond their first axis. Rows are twice the batch under
+    guidance, at best and at most; at least as many as the batch, which is what runs without guidance have.
+    Raises InputError for a number of steps out of its range, or more tokens than TensorRT can sort.
+    """
+    model = manifest.model
+    if model.length > TOPK_LIMIT:
+        raise InputError(f"{manifest.folder}: {model.length} tokens an image; TensorRT sorts at most {TOPK_LIMIT} values")
+    least, best, most = batch
+    if not 1 <= least <= best <= most:
+        raise InputError(f"expected batches of 1 ≤ least ≤ best ≤ most, got {least}, {best}, {most}")
+    rows = (least, 2 * best, 2 * most)
+    length, half = model.length, max(1, model.length // 2)
+    anything, something = (0, half, length), (1, half, length)  # masked is never 0: a run ends there
+    encoder, decoder, sampler = [], [], []
+    for number in steps:
+        for step in schedule(length, number, 1.0, 1.0, 1.0):
+            step_rows = rows if step.index else batch
+            if step.index:
+                encoder.append(encoder_profile(model, batch, rows, exactly(step.new), exactly(step.seen), modulation))
+            decoder.append(decoder_profile(model, batch, step_rows, exactly(step.masked), exactly(step.visible), modulation))
+            sampler.append(sampler_profile(model, batch, step_rows, exactly(step.masked), exactly(step.keep)))
+    encoder.append(encoder_profile(model, batch, rows, (0, max(1, length // 8), length), anything, modulation))
+    decoder.append(decoder_profile(model, batch, rows, something, anything, modulation))
+    sampler.append(sampler_profile(model, batch, rows, something, (0, length // 4, length)))
+    result = {
+        "condition": [profile(labels=[rows])],
+        "encoder": unique(encoder),
+        "decoder": unique(decoder),
+        "sampler": unique(sampler),
+    }
+    whole = exactly(length)
+    if manifest.has("image_decoder.onnx"):
+        result["image_decoder"] = [profile(tokens=[batch, whole], positions=[batch, whole])]
+    if image_encoder and manifest.has("image_encoder.onnx"):
+        assert model.image_size is not None
+        size = exactly(model.image_size)
+        result["image_encoder"] = [profile(images=[batch, size, size, exactly(3)])]
+    return result
+
+
+def encoder_profile(model: ModelInfo, batch: Range, rows: Range, new: Range, seen: Range, modulation: Mapping[str, Shape]) -> Profile:
+    return profile(
+        tokens=[batch, new],
+        positions=[batch, new],
+        features=[rows, seen, exactly(model.dim)],
+        encoder_modulation=[rows, *map(exactly, modulation["encoder_modulation"])],
+    )
+
+
+def decoder_profile(model: ModelInfo, batch: Range, rows: Range, masked: Range, visible: Range, modulation: Mapping[str, Shape]) -> Profile:
+    return profile(
+        positions=[batch, masked],
+        features=[rows, visible, exactly(model.dim)],
+        decoder_modulation=[rows, *map(exactly, modulation["decoder_modulation"])],
+    )
+
+
+def sampler_profile(model: ModelInfo, batch: Range, rows: Range, masked: Range, keep: Range) -> Profile:
+    noise = [batch, exactly(model.length)]
+    return profile(
+        logits=[rows, masked, exactly(model.codes)],
+        positions=[batch, masked],
+        choice_noise=noise,
+        confidence_noise=noise,
+        keep=[keep],  # sets shapes, so that TensorRT wants its values
+    )
+
+
+def exactly(size: int) -> Range:
+    return size, size, size
+
+
+def profile(**inputs: Sequence[Range]) -> Profile:
+    """Inputs' axes, each (least, best, most) → inputs' shapes at their least, best and most."""
+    return {name: (tuple(a[0] for a in axes), tuple(a[1] for a in axes), tuple(a[2] for a in axes)) for name, axes in inputs.items()}
+
+
+def unique(profiles: Sequence[Profile]) -> list[Profile]:
+    """Without repetitions, in order: runs of different lengths may share steps."""
+    return [one for i, one in enumerate(profiles) if one not in profiles[:i]]

@@ -1,0 +1,235 @@
+"""TensorRT plans of an engine's graphs, built with Polygraphy and put beside them; the manifest lists the builds.
+
+Networks are strongly typed: precision is what the graphs say (docs/PRECISION.md), and no builder flag changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tensorrt as trt
+from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath
+from polygraphy.backend.trt import Profile as PolygraphyProfile
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from ..errors import ExportError, InputError, reason
+from ..runtime.backends.cuda import device_index
+from ..runtime.backends.tensorrt import Logger, platform_of
+from ..runtime.builds import FOLDER, HARDWARE, SECTION, Build, BuiltGraph, Platform, Profile, Shape, graph_source, read_builds, unsuited
+from ..runtime.manifest import FILE, Manifest, manifest_text, read_manifest, sha256
+from .profiles import graph_profiles
+from .progress_monitor import ProgressMonitor
+from .tensorrt_graphs import prepare
+
+WEIGHTS = ("included", "refittable", "stripped")
+LEAST_CAPABILITY = 7.5  # compute capability; TensorRT 10.13 and later serve Turing and what came after it
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build is made for.
+
+    steps: numbers of sampling steps whose shapes get profiles of their own. max_batch, best_batch: images at once, at most and
+    usually. weights: in the plans ("included"), there and exchangeable ("refittable"), or taken from the graphs at load ("stripped").
+    hardware: the GPUs that the plans serve: this model, the same compute capability, or all from Ampere on. version_compatible: with
+    later TensorRT of the same major version too. tf32: 10 bits of float32's 23 in products. level: 0 (quick to build) to 5 (fast).
+    """
+
+    steps: tuple[int, ...]
+    max_batch: int = 16
+    best_batch: int = 1
+    weights: str = "included"
+    hardware: str = "this"
+    version_compatible: bool = False
+    tf32: bool = False
+    level: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("weights", self.weights, WEIGHTS), ("hardware", self.hardware, HARDWARE)):
+            if value not in allowed:
+                raise InputError(f"unknown {name} {value!r}; expected {', '.join(allowed)}")
+        if not 0 <= self.level <= 5:
+            raise InputError(f"expected an optimization level of 0 to 5, got {self.level}")
+        if not 1 <= self.best_batch <= self.max_batch:
+            raise InputError(f"expected a best batch of 1 to the largest, {self.max_batch}, got {self.best_batch}")
+
+
+def check_options(device: str = "cuda:0", timing_cache: Path | None = None, refit: Path | None = None, **options: Any) -> None:
+    """Raises what `build_engine` would raise for a machine without a GPU or for wrong options, before there is an engine."""
+    Options((), **options)
+    device_index(device)
+    for path in (timing_cache, refit):
+        if path and path.is_dir() == (path is timing_cache):
+            raise InputError(f"{path}: expected {'a file' if path is timing_cache else 'an engine directory'}")
+
+
+def build_engine(
+    engine: Path,
+    steps: Sequence[int] = (),
+    device: str = "cuda:0",
+    timing_cache: Path | None = None,
+    refit: Path | None = None,
+    force: bool = False,
+    report: Report = lambda line: None,
+    progress: bool = False,
+    **settings: Any,
+) -> Build:
+    """Builds TensorRT plans for an engine on a GPU and lists them in its manifest. Returns the build.
+
+    steps: as in Options, the engine's own number without one; settings: its other fields. timing_cache: a file that makes later
+    builds faster. refit: an engine of the same sizes with a refittable build, whose plans get this engine's weights in place of a
+    new build. A build of the same graphs, TensorRT, device and options is used as it is unless `force`.
+    Raises InputError, ExportError; the engine stays as it was until all is written.
+    """
+    index = device_index(device)
+    manifest = read_manifest(engine)
+    options = Options(tuple(steps) or (manifest.sampling.steps,), **settings)
+    here = platform_of(index)
+    if float(here.capability) < LEAST_CAPABILITY:
+        raise ExportError(
+            f"{here.device}: compute capability {here.capability} is too old for TensorRT; expected {LEAST_CAPABILITY} or more"
+        )
+    wanted = describe(manifest, here, options)
+    for found in read_builds(manifest):
+        if found.id == wanted.id and not force and all((engine / name).is_file() for name in found.files):
+            report(f"already built: {found.folder}")
+            return found
+    source = refittable_build(refit, here, wanted) if refit else None
+    try:
+        (engine / FOLDER).mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=engine / FOLDER) as name:
+            folder = Path(name) / "plans"
+            folder.mkdir()
+            graphs = {}
+            for graph, described in wanted.graphs.items():
+                report(graph)
+                path = prepare(manifest, graph, folder / "graphs")
+                if source:
+                    plan = refitted(source / f"{graph}.plan", path)
+                else:
+                    plan = built(path, described.profiles, options, timing_cache, progress)
+                (folder / f"{graph}.plan").write_bytes(plan)
+                kept = path.relative_to(engine).as_posix() if path.parent == engine else f"{wanted.folder}/graphs/{path.name}"
+                graphs[graph] = BuiltGraph(described.source, described.profiles, kept if options.weights == "stripped" else None)
+                report(f"  {len(described.profiles)} profiles, {len(plan) / 2**20:.0f} MiB")
+            if options.weights != "stripped":
+                shutil.rmtree(folder / "graphs", ignore_errors=True)
+            return put_in_manifest(manifest, Build(here, wanted.options, graphs, {}), folder)
+    except OSError as error:
+        raise ExportError(f"{engine}: not built: {reason(error)}") from error
+
+
+def describe(manifest: Manifest, here: Platform, options: Options) -> Build:
+    """What a build with these options is to be: its profiles, and what it depends on."""
+    batch = (1, options.best_batch, options.max_batch)
+    profiles = graph_profiles(manifest, options.steps, batch, modulation_shapes(manifest))
+    graphs = {name: BuiltGraph(graph_source(manifest, name), tuple(own)) for name, own in profiles.items()}
+    return Build(here, asdict(options) | {"steps": list(options.steps)}, graphs, {})
+
+
+def modulation_shapes(manifest: Manifest) -> dict[str, Shape]:
+    """Shapes of the condition's outputs beyond their first axis, read off the graph."""
+    import onnx_ir as ir
+
+    graph = ir.load(manifest.path("condition.onnx")).graph
+    shapes = {str(output.name): output.shape for output in graph.outputs}
+    return {name: tuple(int(size) for size in list(shape)[1:]) for name, shape in shapes.items() if shape is not None}
+
+
+def built(path: Path, profiles: Sequence[Profile], options: Options, timing_cache: Path | None, progress: bool) -> bytes:
+    """A graph's plan. Raises ExportError with TensorRT's reason."""
+    compatibility = {
+        "this": trt.HardwareCompatibilityLevel.NONE,
+        "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+        "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+    }
+    cache = str(timing_cache) if timing_cache else None
+    monitor = ProgressMonitor(path.stem) if progress else None
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            network = NetworkFromOnnxPath(str(path), strongly_typed=True)
+            config = CreateConfig(
+                tf32=options.tf32,
+                profiles=[polygraphy_profile(profile) for profile in profiles],
+                load_timing_cache=cache if timing_cache and timing_cache.is_file() else None,
+                refittable=options.weights == "refittable",
+                strip_plan=options.weights == "stripped",
+                builder_optimization_level=options.level,
+                hardware_compatibility_level=compatibility[options.hardware],
+                version_compatible=options.version_compatible,
+                progress_monitor=monitor,
+            )
+            plan = EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)()
+    except PolygraphyException as error:
+        if monitor and monitor.interrupted:
+            raise KeyboardInterrupt from error
+        raise ExportError(f"{path.name}: TensorRT {trt.__version__} cannot build it: {str(error).strip().splitlines()[0]}") from error
+    return bytes(memoryview(plan))
+
+
+def polygraphy_profile(profile: Profile) -> Any:
+    result = PolygraphyProfile()
+    for name, (least, best, most) in profile.items():
+        result.add(name, min=least, opt=best, max=most)
+    return result
+
+
+def refittable_build(engine: Path, here: Platform, wanted: Build) -> Path:
+    """The folder of another engine's build whose plans can take weights like the wanted one's. Raises InputError."""
+    manifest = read_manifest(engine)
+    for build in reversed(read_builds(manifest)):
+        same_options = {**build.options, "weights": None} == {**wanted.options, "weights": None}
+        if (
+            build.options["weights"] == "refittable"
+            and same_options
+            and build.profiles == wanted.profiles
+            and unsuited(build, manifest, here) is None
+        ):
+            return engine / build.folder
+    raise InputError(f"{engine}: has no build with these options to refit; expected one made with --weights refittable")
+
+
+def refitted(plan: Path, graph: Path) -> bytes:
+    """A plan with the weights of another graph."""
+    logger = Logger()
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        raise ExportError(f"{plan}: TensorRT {trt.__version__} cannot load it: {logger.error}")
+    refitter = trt.Refitter(engine, logger)
+    if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        raise ExportError(f"{plan}: TensorRT could not take the weights of {graph}: {logger.error}")
+    return bytes(memoryview(engine.serialize()))
+
+
+def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
+    """Moves a finished build into the engine and lists it; builds that no longer suit the graphs are taken off."""
+    engine = manifest.folder
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {
+        f"{build.folder}/{path.relative_to(folder).as_posix()}": {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    }
+    build = replace(build, files=files)
+    content = json.loads((engine / FILE).read_text("utf-8"))
+    others = [one for one in read_builds(manifest) if one.id != build.id]
+    current = [one for one in others if all(graph.source == graph_source(manifest, name) for name, graph in one.graphs.items())]
+    content[SECTION] = [*(one.as_json() for one in current), build.as_json()]
+    place = engine / build.folder
+    if place.exists():
+        place.rename(folder.parent / "old")
+    folder.rename(place)
+    written = folder.parent / FILE
+    written.write_bytes(manifest_text(content))
+    written.replace(engine / FILE)
+    for one in others:
+        if one not in current:
+            shutil.rmtree(engine / one.folder, ignore_errors=True)
+    return build

@@ -1,0 +1,123 @@
+"""A CUDA device and one stream of it, by cuda-python's bindings of the CUDA runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime as cudart
+
+from ...errors import BackendError, InputError
+from . import Array
+from .device import DeviceMemoryError
+
+KINDS = cudart.cudaMemcpyKind
+
+
+def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+    """Calls the CUDA runtime → what it returns beside the error. Raises BackendError, DeviceMemoryError."""
+    error, *results = function(*arguments)
+    if error != cudart.cudaError_t.cudaSuccess:
+        _, text = cudart.cudaGetErrorString(error)
+        message = f"CUDA: {text.decode()} ({function.__name__})"
+        raise DeviceMemoryError(message) if error == cudart.cudaError_t.cudaErrorMemoryAllocation else BackendError(message)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def device_index(device: str) -> int:
+    """The number in cuda or cuda:N. Raises InputError for other words, BackendError without a driver or such a device."""
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not match:
+        raise InputError(f"expected the device cpu, cuda or cuda:N, got {device!r}")
+    index = int(match[1] or 0)
+    try:
+        count = call(cudart.cudaGetDeviceCount)
+    except BackendError as error:
+        raise BackendError(f"{device}: no GPU that CUDA can use: {error}; nvidia-smi shows drivers and devices") from error
+    if index >= count:
+        raise BackendError(f"{device}: there is no such GPU; {count} found, cuda:0{f' to cuda:{count - 1}' if count > 1 else ''}")
+    return index
+
+
+def device_facts(index: int) -> tuple[str, str]:
+    """Name and compute capability ("NVIDIA H200", "9.0") of a device."""
+    properties = call(cudart.cudaGetDeviceProperties, index)
+    name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+    return name, f"{properties.major}.{properties.minor}"
+
+
+class CudaDevice:
+    """A stream of a GPU, and memory. CUDA keeps a current device for each thread: `enter` makes it this one."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.name = f"cuda:{index}"
+        self.enter()
+        self.stream = int(call(cudart.cudaStreamCreateWithFlags, cudart.cudaStreamNonBlocking))
+        self.pages: list[int] = []
+
+    def enter(self) -> None:
+        call(cudart.cudaSetDevice, self.index)
+
+    def allocate(self, size: int) -> int:
+        return int(call(cudart.cudaMalloc, size))
+
+    def free(self, address: int) -> None:
+        call(cudart.cudaFree, address)  # waits for the device
+
+    def free_memory(self) -> int:
+        free, _ = call(cudart.cudaMemGetInfo)
+        return int(free)
+
+    def pinned(self, size: int) -> Array:
+        address = int(call(cudart.cudaMallocHost, size))
+        self.pages.append(address)
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))
+
+    def copy_in(self, address: int, source: Array) -> None:
+        call(cudart.cudaMemcpyAsync, address, source.ctypes.data, source.nbytes, KINDS.cudaMemcpyHostToDevice, self.stream)
+
+    def copy_out(self, destination: Array, address: int) -> None:
+        call(cudart.cudaMemcpyAsync, destination.ctypes.data, address, destination.nbytes, KINDS.cudaMemcpyDeviceToHost, self.stream)
+
+    def copy_rows(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        kind = KINDS.cudaMemcpyDeviceToDevice
+        call(cudart.cudaMemcpy2DAsync, to, to_pitch, source, source_pitch, width, rows, kind, self.stream)
+
+    def synchronize(self) -> None:
+        call(cudart.cudaStreamSynchronize, self.stream)
+
+    def record(self, launch: Callable[[], Any]) -> Callable[[], None]:
+        """A CUDA graph of what `launch` launches on the stream."""
+        # Relaxed: other lanes may allocate meanwhile.
+        call(cudart.cudaStreamBeginCapture, self.stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+        try:
+            launch()
+        except BaseException:
+            cudart.cudaStreamEndCapture(self.stream)  # the stream must leave the capture whatever happened
+            raise
+        graph = call(cudart.cudaStreamEndCapture, self.stream)
+        executable = CudaGraph(call(cudart.cudaGraphInstantiate, graph, 0))
+        call(cudart.cudaGraphDestroy, graph)
+        return lambda: call(cudart.cudaGraphLaunch, executable.handle, self.stream)
+
+    def close(self) -> None:
+        self.enter()
+        self.synchronize()
+        call(cudart.cudaStreamDestroy, self.stream)
+        for address in self.pages:
+            call(cudart.cudaFreeHost, address)
+        self.pages.clear()
+
+
+class CudaGraph:
+    """An executable CUDA graph, destroyed when nothing refers to it any more."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __del__(self) -> None:
+        cudart.cudaGraphExecDestroy(self.handle)

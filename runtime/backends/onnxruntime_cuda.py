@@ -1,0 +1,135 @@
+"""ONNX Runtime on a GPU, by its CUDA or its TensorRT execution provider, bound to tensors that stay there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ...errors import BackendError
+from ..manifest import Manifest
+from . import Array
+from .cuda import CudaDevice, device_index
+from .device import Device, DeviceLane, DeviceMemoryError, DeviceTensor, Lanes
+from .sessions import Sessions, first_line
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[gpu]'"
+TENSORRT_MAJOR = 10  # whose libnvinfer.so ONNX Runtime's TensorRT provider is linked with
+
+
+class OnnxRuntimeCudaBackend:
+    """Sessions on the CUDA execution provider. ONNX Runtime keeps streams of its own and waits at the end of each run."""
+
+    name = "onnxruntime"
+    provider = "CUDAExecutionProvider"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        check_packages(self.provider)
+        index = device_index(device)
+        self.device = f"cuda:{index}"
+        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, self.providers(index, manifest), self.provider)
+        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), self.sessions, "cuda"), slots)
+
+    def providers(self, index: int, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+        # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
+        return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0})]
+
+    def lease(self) -> AbstractContextManager[DeviceLane]:
+        return self.lanes.lease()
+
+    def close(self) -> None:
+        self.lanes.close()
+        self.sessions.close()
+
+
+class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
+    """Sessions on the TensorRT execution provider, which builds engines of its own when it meets new shapes, and keeps them beside
+    the graphs."""
+
+    name = "onnxruntime-tensorrt"
+    provider = "TensorrtExecutionProvider"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        load_tensorrt()
+        super().__init__(manifest, device, threads, slots)
+
+    def providers(self, index: int, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+        folder = str(manifest.folder / "tensorrt" / "onnxruntime")
+        options = {
+            "device_id": index,
+            "trt_fp16_enable": manifest.float_type == "float16",
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": folder,
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": folder,
+        }
+        return [(self.provider, options), *super().providers(index, manifest)]
+
+
+def check_packages(provider: str) -> None:
+    """Raises BackendError where the installed onnxruntime cannot use a GPU, with the commands that mend it."""
+    installed = []
+    for package in PACKAGES:
+        try:
+            installed.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if len(installed) == len(PACKAGES):
+        raise BackendError(f"{' and '.join(installed)} are both installed and overwrite each other; mend it with: {MEND}")
+    if provider not in ort.get_available_providers():
+        raise BackendError(f"ONNX Runtime {ort.__version__} ({', '.join(installed)}) has no {provider}; install it with: {MEND}")
+
+
+def load_tensorrt() -> None:
+    """Loads TensorRT's libraries for ONNX Runtime. Raises BackendError where they are missing or of another version."""
+    if importlib.util.find_spec("tensorrt") is None:
+        raise BackendError("TensorRT is not installed; install it with: pip install 'enat[gpu]'")
+    import tensorrt
+
+    if int(tensorrt.__version__.split(".")[0]) != TENSORRT_MAJOR:
+        raise BackendError(
+            f"ONNX Runtime's TensorRT provider needs TensorRT {TENSORRT_MAJOR}, found {tensorrt.__version__}; use --backend tensorrt, "
+            f"or: pip install 'tensorrt-cu13>=10.13,<11'"
+        )
+
+
+class OrtLane(DeviceLane):
+    """Binds the lane's memory to ONNX Runtime's sessions. Its runs cannot be recorded, as they end with a wait."""
+
+    records = False
+
+    def __init__(self, manifest: Manifest, device: Device, sessions: Sessions, kind: str) -> None:
+        super().__init__(manifest, device)
+        self.sessions = sessions
+        self.kind = kind  # of device, in ONNX Runtime's words
+        self.index = int(device.name.split(":")[1]) if ":" in device.name else 0
+
+    def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {output.name: tuple(output.shape[1:]) for output in self.sessions.get("condition").get_outputs()}
+
+    def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
+        session = self.sessions.get(graph)
+        binding = session.io_binding()
+        for name, tensor in inputs.items():
+            if isinstance(tensor, np.ndarray):
+                binding.bind_cpu_input(name, tensor)
+            else:
+                binding.bind_input(name, self.kind, self.index, tensor.dtype.type, list(tensor.shape), tensor.address)
+        for name, tensor in outputs.items():
+            binding.bind_output(name, self.kind, self.index, tensor.dtype.type, list(tensor.shape), tensor.address)
+        self.device.synchronize()  # ONNX Runtime's streams do not wait for this lane's
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+            text = first_line(error)
+            short = "allocate memory" in text or "out of memory" in text
+            raise (DeviceMemoryError if short else BackendError)(f"{graph}.onnx: ONNX Runtime failed: {text}") from error

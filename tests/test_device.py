@@ -1,0 +1,179 @@
+"""Lanes on a device, on host memory in its place: same pictures, memory used again, runs recorded and launched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_device import HostBackend, HostDevice, HostLane
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from enat import Pipeline, Stopped
+from enat.errors import BackendError
+from enat.runtime.backends.device import Arena, Block, rounded
+from enat.runtime.pipeline import Preview
+
+
+@pytest.fixture(scope="module")
+def pipe(engines: Callable[[str], Path]) -> Iterator[Pipeline]:
+    with Pipeline.load(engines("tiny")) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def host(pipe: Pipeline) -> Iterator[Pipeline]:
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest)) as pipeline:
+        yield pipeline
+
+
+def lane_of(pipeline: Pipeline) -> HostLane:
+    (lane,) = pipeline.backend.lanes.made  # type: ignore[attr-defined]
+    return lane  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 64])
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_pictures_are_those_of_the_cpu(pipe: Pipeline, host: Pipeline, steps: int, guidance: float) -> None:
+    """Run, recorded, launched: with other classes, seeds and settings every time."""
+    for run in range(4):
+        request: dict[str, Any] = {
+            "classes": [run, 3, 2 * run],
+            "seed": 100 * run,
+            "steps": steps,
+            "guidance": guidance * (1 + run),
+            "sampling_temperature": 1.0 + run,
+        }
+        assert (host.generate(**request) == pipe.generate(**request)).all()
+        assert (host.generate_tokens(**request) == pipe.generate_tokens(**request)).all()
+    assert len(lane_of(host).kept) == 2  # of pictures, and of tokens
+
+
+def test_a_record_is_launched_without_the_loop(host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    run = HostLane.run
+
+    def counting(self: HostLane, graph: str, inputs: Any) -> Any:
+        calls.append(graph)
+        return run(self, graph, inputs)
+
+    monkeypatch.setattr(HostLane, "run", counting)
+    counts = []
+    for seed in range(4):
+        host.generate([1, 2], seed=seed, steps=8)
+        counts.append(len(calls))
+    assert counts == [25, 50, 50, 50]  # condition, 8 decoders and samplers, 7 encoders, image decoder
+    host.generate([1, 2, 3], seed=0, steps=8)  # another batch is another record
+    assert len(calls) == 75
+
+
+def test_records_of_many_shapes_share_memory(pipe: Pipeline, host: Pipeline) -> None:
+    """A record's memory is used by others between its launches, and neither spoils the other's pictures."""
+    expected = {(n, s): pipe.generate(list(range(n)), seed=n, steps=s) for n in (1, 2, 5) for s in (3, 8)}
+    for repeat in range(4):
+        for (n, s), pictures in expected.items():
+            assert (host.generate(list(range(n)), seed=n, steps=s) == pictures).all(), (repeat, n, s)
+        if repeat == 1:
+            total = lane_of(host).arena.total
+    assert lane_of(host).arena.total == total
+
+
+def test_old_records_make_room_for_new_ones(pipe: Pipeline, host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enat.runtime.backends.device.RECORDS", 2)
+    for steps in (2, 3, 4, 2, 3, 4, 4, 4):
+        assert (host.generate([1], seed=0, steps=steps) == pipe.generate([1], seed=0, steps=steps)).all()
+    assert len(lane_of(host).kept) == 2
+
+
+def test_memory_is_given_back(pipe: Pipeline) -> None:
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest)) as pipeline:
+        for _ in range(3):
+            pipeline.generate([1, 2], seed=0)
+        lane = lane_of(pipeline)
+        assert lane.device.pieces
+    assert not lane.device.pieces
+
+
+def test_encode_decode_and_previews(pipe: Pipeline, host: Pipeline) -> None:
+    pictures, tokens = pipe.generate([1, 2], seed=0), pipe.generate_tokens([1, 2], seed=0)
+    assert (host.decode(tokens) == pictures).all()
+    assert (host.encode(pictures) == pipe.encode(pictures)).all()
+
+    def previews(pipeline: Pipeline) -> list[np.ndarray]:
+        seen: list[np.ndarray] = []
+
+        def keep(step: int, steps: int, preview: Preview) -> None:
+            seen.extend((preview(), preview.masked()))
+
+        pipeline.generate([1, 2], seed=0, callback=keep)
+        return seen
+
+    for found, wanted in zip(previews(host), previews(pipe), strict=True):
+        assert (found == wanted).all()
+    with pytest.raises(Stopped):
+        host.generate([1], seed=0, callback=lambda step, steps, preview: True)
+    assert (host.generate([1, 2], seed=0) == pictures).all()
+
+
+def test_several_batches_in_flight(pipe: Pipeline) -> None:
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest, slots=3)) as pipeline, ThreadPoolExecutor(8) as pool:
+        seeds = range(40)
+        found = list(pool.map(lambda seed: pipeline.generate([seed % 10], seed=seed), seeds))
+        assert len(pipeline.backend.lanes.made) <= 3  # type: ignore[attr-defined]
+    for seed, pictures in zip(seeds, found, strict=True):
+        assert (pictures == pipe.generate([seed % 10], seed=seed)).all()
+
+
+def test_a_batch_that_does_not_fit(pipe: Pipeline) -> None:
+    """The message names a batch, and that batch fits."""
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest, limit=6 * 2**20)) as pipeline:
+        pipeline.generate([1], seed=0)
+        with pytest.raises(BackendError, match=r"out of memory; 40 at once need more than .* MiB are free; a batch of (\d+) fits") as info:
+            pipeline.generate([1] * 40, seed=0, batch_size=40)
+        fitting = int(str(info.value).split()[-2])
+        assert 1 <= fitting <= 20
+        pictures = pipeline.generate([1] * fitting, seed=0, batch_size=fitting)
+    assert (pictures == pipe.generate([1] * fitting, seed=0)).all()
+
+
+def test_memory_held_by_records_is_given_up_where_it_is_short(pipe: Pipeline) -> None:
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest)) as measure:
+        measure.generate([1] * 8, seed=0)
+        needed = lane_of(measure).arena.total
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest, limit=needed + needed // 4)) as pipeline:
+        for images in (1, 2, 3, 4, 5, 6, 7, 8):
+            for _ in range(2):
+                labels = list(range(images))
+                assert (pipeline.generate(labels, seed=0) == pipe.generate(labels, seed=0)).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_blocks_in_use_never_overlap(requests: list[tuple[int, bool]]) -> None:
+    device = HostDevice()
+    arena = Arena(device)
+    held: list[tuple[Block, int]] = []
+    for size, give_back in requests:
+        block = arena.take(size)
+        assert size <= block.size
+        device.at(block.address, block.size)
+        spans = sorted((other.address, other.address + other.size) for other, _ in [*held, (block, size)])
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+        held.append((block, size))
+        if give_back:
+            del held[0]
+        del block
+    held.clear()
+    arena.free_unused()
+    assert arena.total == 0 and not device.pieces
+
+
+@given(st.integers(0, 2**40))
+def test_sizes_are_rounded_up_a_little(size: int) -> None:
+    assert size <= rounded(size) <= max(512, size * 9 // 8 + 512)
+    assert rounded(size) % 512 == 0

@@ -1,0 +1,623 @@
+"""TensorRT without a GPU: graphs that it takes, profiles that cover the loop, builds as values, and the API as its bindings document it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from host_device import HostBackend, HostDevice, HostLane
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorrt_operators import objections
+from tensorrt_stand_in import StandIn, import_tensorrt, signatures
+
+from enat import Pipeline
+from enat.calibration.calibrate import Settings
+from enat.errors import BackendError, EngineError, ExportError, InputError
+from enat.export.convert import Precision, convert_engine
+from enat.export.profiles import TOPK_LIMIT, graph_profiles
+from enat.export.tensorrt_graphs import prepare
+from enat.runtime.backends.device import output_shapes
+from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, covering_profile, graph_source, read_builds, unsuited
+from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
+from enat.runtime.schedule import schedule
+
+HERE = Platform("10.16.1.11", "NVIDIA H200", "9.0")
+GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_encoder")
+PRECISIONS = {"fp16": Precision("fp16"), "int8": Precision("int8"), "int8-fp16": Precision("int8", "fp16")}
+
+
+@pytest.fixture(scope="module")
+def precisions(engines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An engine in every precision."""
+    folder = tmp_path_factory.mktemp("precisions")
+    few = Settings(images=10, float_layers=())
+    for name, precision in PRECISIONS.items():
+        convert_engine(engines("tiny"), folder / name, precision, few if precision.name == "int8" else None)
+    return {"fp32": engines("tiny"), "odd": engines("odd"), **{name: folder / name for name in PRECISIONS}}
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("name", ["fp32", "odd", *PRECISIONS])
+def test_tensorrt_takes_every_graph(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    manifest = read_manifest(precisions[name])
+    for graph in GRAPHS:
+        path = prepare(manifest, graph, tmp_path / "graphs")
+        assert objections(onnx.load(path)) == [], graph
+    assert (tmp_path / "graphs").exists() == name.startswith("int8")
+
+
+def test_tensorrt_takes_the_bundled_engine() -> None:
+    for path in BUNDLED_ENGINE.glob("*.onnx"):
+        assert objections(onnx.load(path)) == [], path.name
+
+
+def test_the_table_objects(precisions: dict[str, Path]) -> None:
+    """The check itself: int8 graphs as they are for CPUs do not pass, nor does an operator that TensorRT lacks."""
+    found = objections(onnx.load(precisions["int8"] / "encoder.onnx"))
+    assert any("the zero point is 0" in line for line in found) and any("UINT8 inside" in line for line in found)
+    text = '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (int64[m, n] y) { y = NonZero(x) }'
+    assert objections(onnx.parser.parse_model(text)) == ["NonZero y: no such operator"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fp16"])
+def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A whole run on graphs as TensorRT gets them, every node computed as it is written: nothing differs."""
+    manifest = read_manifest(precisions[name])
+    signed = Path(shutil.copytree(precisions[name], tmp_path / "signed"))
+    for graph in GRAPHS:
+        path = prepare(manifest, graph, tmp_path / "graphs")
+        if path.parent != manifest.folder:
+            shutil.copy(path, signed / path.name)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = []
+    for folder in (precisions[name], signed):
+        backend = HostBackend(dataclasses.replace(manifest, folder=folder), options=options)
+        with Pipeline(manifest, backend) as pipeline:
+            found.append((pipeline.generate_tokens([1, 2, 3], seed=0), pipeline.generate([1, 2, 3], seed=0)))
+    for one, other in zip(*found, strict=True):
+        assert (one == other).all()
+
+
+# Profiles
+
+
+def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    graph = onnx.load(manifest.path("condition.onnx")).graph
+    return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
+
+
+@pytest.fixture(scope="module")
+def manifest(engines: Callable[[str], Path]) -> Manifest:
+    return read_manifest(engines("tiny"))
+
+
+def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
+    length = manifest.model.length
+    profiles = graph_profiles(manifest, [8], (1, 4, 16), modulation(manifest))
+    steps = schedule(length, 8, 1, 1, 1)
+    assert {name: len(own) for name, own in profiles.items()} == {
+        "condition": 1,
+        "encoder": 8,
+        "decoder": 9,
+        "sampler": 9,
+        "image_decoder": 1,
+        "image_encoder": 1,
+    }
+    first, *later, general = profiles["decoder"]
+    assert first["features"] == ((1, 0, 48), (4, 0, 48), (16, 0, 48))  # no guidance at step 0
+    for step, one in zip(steps[1:], later, strict=True):
+        assert one["positions"] == ((1, step.masked), (4, step.masked), (16, step.masked))
+        assert one["features"] == ((1, step.visible, 48), (8, step.visible, 48), (32, step.visible, 48))
+    for step, one in zip(steps[1:], profiles["encoder"]):
+        assert [shape[1] for shape in one["tokens"]] == [step.new] * 3
+        assert [shape[1] for shape in one["features"]] == [step.seen] * 3
+    for step, one in zip(steps, profiles["sampler"]):
+        assert one["keep"] == ((step.keep,),) * 3
+    assert general["features"][0][1] == 0 and general["features"][2] == (32, length, 48)
+
+
+def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
+    both = graph_profiles(manifest, [4, 8, 8], (1, 1, 4), modulation(manifest))
+    separate = [graph_profiles(manifest, [number], (1, 1, 4), modulation(manifest)) for number in (4, 8)]
+    for graph, own in both.items():
+        assert len(own) == len({json.dumps(one) for one in own})
+        for others in separate:
+            assert all(one in own for one in others[graph])
+
+
+@given(steps=st.integers(1, 64), batch=st.integers(1, 6), guidance=st.sampled_from([0.0, 2.5]))
+@settings(max_examples=25, deadline=None)
+def test_profiles_cover_whatever_the_loop_asks(engines: Callable[[str], Path], steps: int, batch: int, guidance: float) -> None:
+    """Every call of a real run lies within a profile: of its own step where steps were named, else within the general one."""
+    manifest = read_manifest(engines("tiny"))
+    exact = graph_profiles(manifest, [steps], (1, 2, 6), modulation(manifest))
+    general = {graph: own[-1:] for graph, own in graph_profiles(manifest, [], (1, 2, 6), modulation(manifest)).items()}
+    for graph, shapes in calls(manifest, steps, batch, guidance):
+        found = covering_profile(exact[graph], shapes)
+        assert found is not None
+        if graph in ("encoder", "decoder", "sampler"):
+            assert found < len(exact[graph]) - 1, f"{graph} {shapes} has no profile of its own"
+        assert covering_profile(general[graph], shapes) == 0
+
+
+def calls(manifest: Manifest, steps: int, batch: int, guidance: float) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+    result = []
+
+    class Listening(HostLane):
+        def run(self, graph: str, inputs: Mapping[str, Any]) -> Any:
+            values = {name: (int(one),) if isinstance(one, np.ndarray) else one.shape for name, one in inputs.items()}
+            result.append((graph, values))
+            return super().run(graph, inputs)
+
+    backend = HostBackend(manifest)
+    backend.lanes.make = lambda: Listening(manifest, HostDevice(), backend.sessions, "cpu")
+    with Pipeline(manifest, backend) as pipeline:
+        pipeline.generate(list(range(batch)), seed=0, steps=steps, guidance=guidance, batch_size=batch)
+    return result
+
+
+@pytest.mark.parametrize("name", ["fp32", "odd", "fp16", "int8"])
+def test_profiles_shapes(precisions: dict[str, Path], name: str) -> None:
+    """The least, best and largest shapes of every profile: ONNX's shape inference agrees with them, and so does a run."""
+    manifest = read_manifest(precisions[name])
+    profiles = graph_profiles(manifest, [2, 8], (1, 2, 4), modulation(manifest))
+    for graph, own in profiles.items():
+        original = onnx.load(manifest.path(f"{graph}.onnx"))
+        session = ort.InferenceSession(original.SerializeToString(), providers=["CPUExecutionProvider"])
+        for one in own:
+            for which in range(3):
+                shapes = {name: shapes[which] for name, shapes in one.items()}
+                inputs = arrays(session, shapes)
+                wanted = output_shapes(manifest, graph, inputs, modulation(manifest))
+                found = session.run(None, inputs)
+                assert [(value.shape, value.dtype) for value in found] == [(shape, np.dtype(dtype)) for shape, dtype in wanted.values()]
+                for port, (shape, _) in zip(inferred(original, shapes).output, wanted.values(), strict=True):
+                    known = [dim.dim_value if dim.HasField("dim_value") else None for dim in port.type.tensor_type.shape.dim]
+                    assert all(size in (None, right) for size, right in zip(known, shape, strict=True)), (graph, shapes, port.name)
+
+
+def arrays(session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Inputs of these shapes: every position once, else zeros and halves. `keep` is what its shape says."""
+    result = {}
+    for port in session.get_inputs():
+        dtype = {"tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(port.type, np.float32)
+        shape = shapes.get(port.name, ())
+        if port.name == "keep":
+            result[port.name] = np.array(shape[0], np.int64)
+        elif port.name == "positions":
+            result[port.name] = np.tile(np.arange(shape[1]), (shape[0], 1))
+        else:
+            result[port.name] = np.full(shape, 0.5, dtype)
+    return result
+
+
+def inferred(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+    """What follows from these shapes of a graph's inputs. Its own dimensions must agree with them."""
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    del changed.graph.value_info[:]
+    for port in changed.graph.input:
+        if port.name in shapes and port.name != "keep":
+            for dim, size in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                assert not dim.dim_value or dim.dim_value == size, port.name
+                dim.dim_value = size
+    for port in changed.graph.output:
+        for dim in port.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    return onnx.shape_inference.infer_shapes(changed, strict_mode=True, data_prop=True).graph
+
+
+def test_what_profiles_refuse(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="expected 1 to 64 steps, got 65"):
+        graph_profiles(manifest, [65], (1, 1, 1), modulation(manifest))
+    with pytest.raises(InputError, match="1 ≤ least ≤ best ≤ most, got 1, 8, 4"):
+        graph_profiles(manifest, [8], (1, 8, 4), modulation(manifest))
+    large = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, grid=62))
+    with pytest.raises(InputError, match=f"3844 tokens an image; TensorRT sorts at most {TOPK_LIMIT}"):
+        graph_profiles(large, [8], (1, 1, 1), modulation(manifest))
+
+
+# Builds as values
+
+
+def make_build(manifest: Manifest, platform: Platform = HERE, **options: Any) -> Build:
+    profiles = graph_profiles(manifest, [8], (1, 1, 4), modulation(manifest))
+    graphs = {name: BuiltGraph(graph_source(manifest, name), tuple(own)) for name, own in profiles.items()}
+    return Build(platform, {"steps": [8], "max_batch": 4, "weights": "included", **options}, graphs, {})
+
+
+def listed(engine: Path, *builds: Build) -> Manifest:
+    """The engine with builds in its manifest, and plans of nothing."""
+    from enat.export.tensorrt_build import put_in_manifest
+
+    for build in builds:
+        folder = engine / "tensorrt" / ".partial" / "plans"
+        folder.mkdir(parents=True)
+        for graph in build.graphs:
+            (folder / f"{graph}.plan").write_bytes(f"{build.id} {graph}".encode())
+        put_in_manifest(read_manifest(engine), build, folder)
+        shutil.rmtree(folder.parent)
+    return read_manifest(engine, verify=True)
+
+
+@pytest.fixture
+def trt() -> Any:
+    return import_tensorrt()
+
+
+def test_builds_are_in_the_manifest(trt: Any, engine_copy: Path) -> None:
+    before = read_manifest(engine_copy)
+    one, other = make_build(before), make_build(before, hardware="same")
+    after = listed(engine_copy, one, other, one)
+    assert after.hash == before.hash  # the engine is what it was
+    assert after.files == before.files
+    assert [build.id for build in read_builds(after)] == [other.id, one.id]
+    for build in read_builds(after):
+        assert build.graphs == one.graphs
+        assert set(build.files) == {f"tensorrt/{build.id}/{graph}.plan" for graph in GRAPHS}
+    assert sorted(path.name for path in (engine_copy / "tensorrt").iterdir()) == sorted((one.id, other.id))
+
+
+def test_the_key_of_a_build(manifest: Manifest) -> None:
+    """Whatever a plan depends on makes another build."""
+    base = make_build(manifest)
+    assert base.id == make_build(manifest).id
+    source = dataclasses.replace(base.graphs["encoder"], source="0" * 64)
+    shorter = dataclasses.replace(base.graphs["encoder"], profiles=base.graphs["encoder"].profiles[1:])
+    others = [
+        *(make_build(manifest, dataclasses.replace(HERE, **{name: "1.2.3"})) for name in ("tensorrt", "device", "capability")),
+        make_build(manifest, max_batch=8),
+        make_build(manifest, tf32=True),
+        dataclasses.replace(base, graphs={**base.graphs, "encoder": source}),
+        dataclasses.replace(base, graphs={**base.graphs, "encoder": shorter}),
+    ]
+    assert len({base.id, *(build.id for build in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    "built, options, reason",
+    [
+        (HERE, {}, None),
+        (dataclasses.replace(HERE, tensorrt="10.13.3.9"), {}, "built with TensorRT 10.13.3.9, this is 10.16.1.11"),
+        (dataclasses.replace(HERE, tensorrt="10.13.3.9"), {"version_compatible": True}, None),
+        (dataclasses.replace(HERE, tensorrt="10.17.0.1"), {"version_compatible": True}, "built with TensorRT 10.17.0.1"),
+        (dataclasses.replace(HERE, tensorrt="9.9.0.1"), {"version_compatible": True}, "built with TensorRT 9.9.0.1"),
+        (dataclasses.replace(HERE, device="NVIDIA H100"), {}, "built for NVIDIA H100, this is NVIDIA H200"),
+        (dataclasses.replace(HERE, device="NVIDIA H100"), {"hardware": "same"}, None),
+        (dataclasses.replace(HERE, device="NVIDIA L4", capability="8.9"), {"hardware": "same"}, "compute capability 8.9, this is 9.0"),
+        (dataclasses.replace(HERE, device="NVIDIA L4", capability="8.9"), {"hardware": "ampere+"}, None),
+    ],
+)
+def test_where_a_build_runs(manifest: Manifest, built: Platform, options: dict[str, Any], reason: str | None) -> None:
+    found = unsuited(make_build(manifest, built, **options), manifest, HERE)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_build_is_chosen_or_refused_with_the_reason(trt: Any, engine_copy: Path) -> None:
+    manifest = read_manifest(engine_copy)
+    with pytest.raises(EngineError, match=r"has no TensorRT build; build it: enat-export --engine .* --tensorrt"):
+        choose_build(manifest, HERE)
+    elsewhere = make_build(manifest, dataclasses.replace(HERE, device="NVIDIA L4", capability="8.9"))
+    manifest = listed(engine_copy, elsewhere)
+    with pytest.raises(EngineError, match=r"no TensorRT build suits NVIDIA H200 .*: built for NVIDIA L4, this is NVIDIA H200; build it"):
+        choose_build(manifest, HERE)
+    manifest = listed(engine_copy, make_build(manifest, max_batch=2), make_build(manifest, max_batch=3))
+    chosen = choose_build(manifest, HERE)
+    assert chosen.options["max_batch"] == 3
+    (engine_copy / chosen.plan("encoder")).write_bytes(b"damaged")
+    with pytest.raises(EngineError, match=r"encoder\.plan: 7 bytes, expected"):
+        choose_build(manifest, HERE)
+
+
+def test_a_build_of_other_graphs_is_not_used(trt: Any, engine_copy: Path) -> None:
+    """The plans of an encoder that has changed since: refused, and removed when the engine is built anew."""
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    entry = {**manifest.files["encoder.onnx"], "sha256": "0" * 64}
+    changed = dataclasses.replace(manifest, files={**manifest.files, "encoder.onnx": entry})
+    with pytest.raises(EngineError, match=r"encoder\.onnx has changed since it was built"):
+        choose_build(changed, HERE)
+
+
+@pytest.mark.parametrize("key, value", [("id", "0" * 16), ("platform", {}), ("graphs", 3), ("files", None)])
+def test_damaged_entries(trt: Any, engine_copy: Path, key: str, value: object) -> None:
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    manifest.builds[0][key] = value
+    with pytest.raises(EngineError, match=r"manifest\.json: builds\[0\]"):
+        choose_build(manifest, HERE)
+
+
+# The API, against the real bindings
+
+
+def onnx_network(trt: Any, path: Path) -> StandIn:
+    """The network that TensorRT's parser would make, as far as its inputs go."""
+    inputs = []
+    for port in onnx.load(path).graph.input:
+        shape = tuple(dim.dim_value or (-1 if dim.dim_param else 0) for dim in port.type.tensor_type.shape.dim)
+        inputs.append(StandIn(trt.ITensor, name=port.name, shape=shape, is_shape_tensor=port.name == "keep", dtype=trt.float32))
+    return StandIn(trt.INetworkDefinition, num_inputs=len(inputs), num_outputs=0, num_layers=0, get_input=lambda index: inputs[index])
+
+
+class Builds:
+    """Stand-ins for what makes plans: what they were asked is kept."""
+
+    def __init__(self, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trt = trt
+        self.profiles: list[StandIn] = []
+        self.configs: list[StandIn] = []
+        self.networks: list[StandIn] = []
+        self.builders: list[StandIn] = []
+        self.failing = False
+        monkeypatch.setattr(trt, "Builder", self.builder)
+        monkeypatch.setattr(trt, "OnnxParser", self.parser)
+        monkeypatch.setattr("enat.export.tensorrt_build.device_index", lambda device: 0)
+        monkeypatch.setattr("enat.export.tensorrt_build.platform_of", lambda index: HERE)
+
+    def builder(self, logger: Any) -> StandIn:
+        cls = type(self).real_builder
+        found = StandIn(
+            cls,
+            create_network=self.network,
+            create_builder_config=self.config,
+            create_optimization_profile=self.profile,
+            build_serialized_network=lambda network, config: None if self.failing else f"plan {len(self.configs)}".encode(),
+            logger=logger,
+        )
+        self.builders.append(found)
+        return found
+
+    real_builder: Any = None
+
+    def network(self, flags: int = 0) -> StandIn:
+        self.networks.append(StandIn(self.trt.INetworkDefinition, num_inputs=0, num_outputs=0))
+        return self.networks[-1]
+
+    def config(self) -> StandIn:
+        defaults: dict[str, Any] = {"DLA_core": -1, "get_memory_pool_limit": 0, "get_tactic_sources": 0, "num_optimization_profiles": 0}
+        self.configs.append(StandIn(self.trt.IBuilderConfig, create_timing_cache=lambda data: StandIn(self.trt.ITimingCache), **defaults))
+        return self.configs[-1]
+
+    def profile(self) -> StandIn:
+        self.profiles.append(StandIn(self.trt.IOptimizationProfile))
+        return self.profiles[-1]
+
+    def parser(self, network: StandIn, logger: Any) -> StandIn:
+        def parse(path: str) -> bool:
+            network.__dict__.update(onnx_network(self.trt, Path(path)).__dict__)
+            return True
+
+        return StandIn(Builds.real_parser, parse_from_file=parse, num_errors=0)
+
+    real_parser: Any = None
+
+
+@pytest.fixture
+def builds(trt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builds]:
+    if not hasattr(trt, "OnnxParser"):
+        pytest.skip("these bindings have no ONNX parser")
+    Builds.real_builder, Builds.real_parser = trt.Builder, trt.OnnxParser
+    yield Builds(trt, monkeypatch)
+
+
+def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: Path, tmp_path: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    trt = builds.trt
+    lines: list[str] = []
+    manifest = read_manifest(engine_copy)
+    build = build_engine(engine_copy, [8], max_batch=4, best_batch=2, hardware="same", report=lines.append)
+    flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert [call[1][0] & flag for builder in builds.builders for call in builder.calls if call[0] == "create_network"] == [flag] * len(
+        GRAPHS
+    )
+    for config, (graph, own) in zip(builds.configs, build.profiles.items(), strict=True):
+        asked = [call for call in config.calls if call[0] == "add_optimization_profile"]
+        assert len(asked) == len(own), graph
+        assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+        flags = {call[1][0] for call in config.calls if call[0] == "set_flag"}
+        assert trt.BuilderFlag.TF32 not in flags
+        assert not flags & {getattr(trt.BuilderFlag, name, None) for name in ("FP16", "INT8", "BF16")}
+    for config, (graph, own) in zip(builds.configs, build.profiles.items(), strict=True):
+        for call, profile in zip([call for call in config.calls if call[0] == "add_optimization_profile"], own, strict=True):
+            shapes = {one[1][0]: tuple(map(tuple, one[1][1:])) for one in call[1][0].calls if one[0] == "set_shape"}
+            values = {one[1][0]: tuple(map(tuple, one[1][1:])) for one in call[1][0].calls if one[0] == "set_shape_input"}
+            assert values == ({"keep": profile["keep"]} if graph == "sampler" else {})
+            assert {name: shape for name, shape in profile.items() if name != "keep"}.items() <= shapes.items()
+    assert (engine_copy / build.plan("encoder")).read_bytes().startswith(b"plan")
+    assert choose_build(read_manifest(engine_copy), HERE).id == build.id
+    assert read_manifest(engine_copy).hash == manifest.hash
+    # The same again is not built twice, something else is.
+    made = len(builds.configs)
+    assert build_engine(engine_copy, [8], max_batch=4, best_batch=2, hardware="same", report=lines.append).id == build.id
+    assert len(builds.configs) == made and lines[-1] == f"already built: {build.folder}"
+    assert build_engine(engine_copy, [8], max_batch=8, report=lines.append).id != build.id
+    build_engine(engine_copy, [8], max_batch=8, force=True)
+    assert len(builds.configs) == 3 * made
+    assert [path for path in (engine_copy / "tensorrt").iterdir() if path.name.startswith(".")] == []
+
+
+def test_int8_plans_are_built_from_signed_graphs(builds: Builds, precisions: dict[str, Path], tmp_path: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    engine = Path(shutil.copytree(precisions["int8"], tmp_path / "engine"))
+    build = build_engine(engine, weights="stripped")
+    assert build.options["steps"] == [read_manifest(engine).sampling.steps]
+    for graph in ("condition", "encoder", "decoder", "image_decoder"):
+        path = build.graphs[graph].weights
+        assert path is not None and path.startswith(build.folder)
+        assert objections(onnx.load(engine / path)) == []
+    assert build.graphs["sampler"].weights == "sampler.onnx"
+    for config in builds.configs:
+        assert builds.trt.BuilderFlag.STRIP_PLAN in {call[1][0] for call in config.calls if call[0] == "set_flag"}
+    assert not (engine / build_engine(engine).folder / "graphs").exists()
+
+
+def test_a_build_that_fails_leaves_the_engine_as_it_was(builds: Builds, engine_copy: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    before = {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()}
+    builds.failing = True
+    with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it"):
+        build_engine(engine_copy, [8])
+    assert {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()} == before
+
+
+def test_wrong_options(builds: Builds, engine_copy: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    for options, message in (
+        ({"weights": "none"}, "unknown weights 'none'; expected included, refittable, stripped"),
+        ({"hardware": "any"}, "unknown hardware 'any'"),
+        ({"level": 6}, "optimization level of 0 to 5, got 6"),
+        ({"max_batch": 0}, "best batch of 1 to the largest, 0"),
+        ({"steps": [100]}, "expected 1 to 64 steps, got 100"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            build_engine(engine_copy, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="has no build with these options to refit"):
+        build_engine(engine_copy, [8], refit=engine_copy)
+    assert builds.configs == []
+
+
+class Plans:
+    """Stand-ins for what runs plans, on host memory; nothing is computed."""
+
+    def __init__(self, trt: Any, engine: Path) -> None:
+        self.trt = trt
+        self.engine = engine
+        self.contexts: list[StandIn] = []
+
+    def runtime(self, logger: Any) -> StandIn:
+        return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
+
+    real_runtime: Any = None
+
+    def deserialize(self, plan: bytes) -> StandIn:
+        graph = plan.split()[-1].decode()
+        outputs = {
+            one.name: tuple(dim.dim_value or -1 for dim in one.type.tensor_type.shape.dim)
+            for one in onnx.load(self.engine / f"{graph}.onnx").graph.output
+        }
+        return StandIn(
+            self.trt.ICudaEngine, name=graph, create_execution_context=lambda strategy: self.context(graph), get_tensor_shape=outputs.get
+        )
+
+    def context(self, graph: str) -> StandIn:
+        found = StandIn(
+            self.trt.IExecutionContext,
+            name=graph,
+            set_optimization_profile_async=True,
+            set_input_shape=True,
+            set_tensor_address=True,
+            infer_shapes=lambda: [],
+            update_device_memory_size_for_shapes=lambda: 1000 * (1 + len(self.contexts)),
+            execute_async_v3=True,
+        )
+        self.contexts.append(found)
+        return found
+
+
+class StreamDevice(HostDevice):
+    stream = 77
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+
+
+def test_running_asks_tensorrt_for_what_was_meant(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts of the right profiles, their shapes, addresses of memory that is there; and no more of them when runs are repeated."""
+    from enat.runtime.backends import tensorrt as backend_module
+
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    plans = Plans(trt, engine_copy)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    monkeypatch.setattr(backend_module, "device_index", lambda device: 0)
+    monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
+    monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
+    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
+    with Pipeline(manifest, backend) as pipeline:
+        steps = pipeline.schedule(8)
+        pipeline.generate([1, 2, 3], seed=0, steps=8)
+        made = [context.name for context in plans.contexts]
+        assert made.count("decoder") == made.count("sampler") == 8 and made.count("encoder") == 7 and len(made) == 25
+        profiles = {"decoder": iter(range(8)), "sampler": iter(range(8)), "encoder": iter(range(7))}
+        lane = pipeline.backend.lanes.made[0]  # type: ignore[attr-defined]
+        for context in plans.contexts:
+            asked = dict(context.calls)
+            assert asked["set_optimization_profile_async"] == (next(profiles.get(context.name, iter([0]))), 77)
+            assert asked["execute_async_v3"] == (77,)
+            scratch, size = asked["set_device_memory"]
+            lane.device.at(scratch, size)
+            addresses = dict(arguments for name, arguments in context.calls if name == "set_tensor_address")
+            graph = onnx.load(engine_copy / f"{context.name}.onnx").graph
+            assert set(addresses) == {port.name for port in (*graph.input, *graph.output)}
+            assert all(address % 256 == 0 for name, address in addresses.items() if name != "keep")
+        samplers = [context for context in plans.contexts if context.name == "sampler"]
+        for step, context in zip(steps, samplers, strict=True):
+            shapes = dict(arguments for name, arguments in context.calls if name == "set_input_shape")
+            assert shapes["logits"] == (6 if step.index else 3, step.masked, manifest.model.codes)
+            assert "keep" not in shapes
+        for seed in range(3):
+            pipeline.generate([4, 5, 6], seed=seed, steps=8)
+        assert len(plans.contexts) == 25
+        runs = [sum(name == "execute_async_v3" for name, _ in context.calls) for context in plans.contexts]
+        assert set(runs) == {2}  # once to run, once to be recorded
+        pipeline.generate([1], seed=0, steps=5)  # by the general profiles
+        general = {context.name: context for context in plans.contexts[25:]}
+        assert ("set_optimization_profile_async", (7, 77)) in general["encoder"].calls
+        with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build; expected at most 4"):
+            pipeline.generate([1] * 5, seed=0)
+
+
+def test_signatures_are_read_off_docstrings(trt: Any) -> None:
+    """The helper: it refuses what the bindings do not document."""
+    assert {len(one.parameters) for one in signatures(trt.IExecutionContext.set_input_shape)} == {3}
+    assert len(signatures(trt.ICudaEngine.create_execution_context)) >= 2
+    context = StandIn(trt.IExecutionContext)
+    with pytest.raises(AttributeError, match="has no enqueue_v2"):
+        context.enqueue_v2(0)
+    with pytest.raises(AssertionError, match="execute_async_v3"):
+        context.execute_async_v3()
+
+
+# Without a GPU
+
+
+def no_gpu() -> bool:
+    try:
+        from enat.runtime.backends.cuda import device_index
+
+        device_index("cuda")
+    except BackendError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+def test_without_a_gpu(trt: Any, engine_copy: Path) -> None:
+    from enat.export.cli import main as export
+    from enat.runtime.cli import main as run
+
+    for command, arguments in (
+        (export, ["--engine", str(engine_copy), "--tensorrt"]),
+        (run, ["--engine", str(engine_copy), "--class", "1", "--out", "x.png", "--backend", "tensorrt", "--device", "cuda:0"]),
+    ):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 1
+        assert re.search(r"cuda:0: no GPU that CUDA can use: CUDA: .*; nvidia-smi shows drivers and devices", result.output), result.output
+        assert result.output.count("\n") == 1
