@@ -3,7 +3,7 @@ PYTHON ?= python3
 INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGE = --no-deps --force-reinstall .
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow test-gpu clean
 
 # Draws a sheet with the bundled engine, without PyTorch.
 demo: .venv/demo/ready
@@ -21,6 +21,7 @@ test: .venv/test/ready .venv/demo/ready
 	.venv/test/bin/ruff format --check .
 	cd tests && ../.venv/test/bin/mypy --config-file ../pyproject.toml -p enat
 	.venv/test/bin/python -m pytest
+	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt.py
 	.venv/demo/bin/python tests/without_torch.py
 
 # Statistics over thousands of pictures, printed too.
@@ -28,6 +29,17 @@ test-slow: .venv/test/ready
 	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/python -m pytest -m slow -rP
+
+# On a machine with an NVIDIA GPU: what the other tests cannot tell without one.
+test-gpu: .venv/gpu/ready
+	rm -rf build *.egg-info
+	.venv/gpu/$(INSTALL) $(PACKAGE)
+	.venv/gpu/bin/python -m pytest tests/test_gpu.py -rsP
+
+.venv/gpu/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv/gpu
+	.venv/gpu/$(INSTALL) ".[gpu,calibration]" pytest hypothesis
+	touch $@
 
 .venv/demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/demo
@@ -38,6 +50,8 @@ test-slow: .venv/test/ready
 	$(PYTHON) -m venv --clear .venv/test
 	.venv/test/$(INSTALL) torch
 	.venv/test/$(INSTALL) ".[cpu,export,calibration,plot,test]"
+	.venv/test/bin/python -m pip --disable-pip-version-check install -q --no-deps --upgrade --target .venv/tensorrt-11 \
+		tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
 clean:

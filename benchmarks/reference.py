@@ -1,4 +1,5 @@
-"""The reference that everything is compared with: the network in eager PyTorch, run the way the published code runs it.
+"""The reference that everything is compared with: the network in eager PyTorch, run the way the published code runs it, on the
+device that is PyTorch's default.
 
 Explicit attention; the modulations and the logits of all positions computed anew at every step; the two guidance branches one after
 the other; nothing cached, nothing fused. It must be neither slowed nor helped.

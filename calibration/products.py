@@ -96,7 +96,7 @@ def as_product(graph: str, node: ir.Node) -> Product | None:
 
 def fixed(dim: int | ir.SymbolicDim) -> int:
     if not isinstance(dim, int):
-        raise ExportError(f"expected a picture of a fixed size, got {dim}")
+        raise ExportError(f"expected a fixed size, got {dim}")
     return dim
 
 

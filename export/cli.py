@@ -143,6 +143,8 @@ def main(
     converting = engine is not None and precision != "fp32"
     if engine and checkpoint:
         raise InputError(f"{CHECKPOINT_OPTIONS[next(iter(checkpoint))]} goes with --ckpt; an engine brings its own")
+    if building and not tensorrt:
+        raise InputError(f"{TENSORRT_OPTIONS[next(iter(building))]} goes with --tensorrt")
     if engine and not converting and not tensorrt:
         raise InputError("--engine is made in another precision, or built: expected --precision fp16 or int8, or --tensorrt")
     if precision != "int8" and (calibration or calibration_file):
@@ -150,8 +152,6 @@ def main(
         raise InputError(f"{option} goes with --precision int8")
     if precision != "int8" and float_type:
         raise InputError("--float-type goes with --precision int8")
-    if building and not tensorrt:
-        raise InputError(f"{TENSORRT_OPTIONS[next(iter(building))]} goes with --tensorrt")
     if numbers and engine and not tensorrt:
         raise InputError("--steps goes with --ckpt or --tensorrt; an engine brings its own")
     if len(numbers) > 1 and not tensorrt:

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import tensorrt as trt
 from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath
 from polygraphy.backend.trt import Profile as PolygraphyProfile
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
+from ..calibration.products import fixed
 from ..errors import ExportError, InputError, reason
 from ..runtime.backends.cuda import device_index
 from ..runtime.backends.tensorrt import Logger, platform_of
@@ -66,10 +68,10 @@ class Options:
 def check_options(device: str = "cuda:0", timing_cache: Path | None = None, refit: Path | None = None, **options: Any) -> None:
     """Raises what `build_engine` would raise for a machine without a GPU or for wrong options, before there is an engine."""
     Options((), **options)
-    device_index(device)
     for path in (timing_cache, refit):
         if path and path.is_dir() == (path is timing_cache):
             raise InputError(f"{path}: expected {'a file' if path is timing_cache else 'an engine directory'}")
+    device_index(device)
 
 
 def build_engine(
@@ -138,11 +140,8 @@ def describe(manifest: Manifest, here: Platform, options: Options) -> Build:
 
 def modulation_shapes(manifest: Manifest) -> dict[str, Shape]:
     """Shapes of the condition's outputs beyond their first axis, read off the graph."""
-    import onnx_ir as ir
-
-    graph = ir.load(manifest.path("condition.onnx")).graph
-    shapes = {str(output.name): output.shape for output in graph.outputs}
-    return {name: tuple(int(size) for size in list(shape)[1:]) for name, shape in shapes.items() if shape is not None}
+    outputs = ir.load(manifest.path("condition.onnx")).graph.outputs
+    return {str(output.name): tuple(map(fixed, list(output.shape or ())[1:])) for output in outputs}
 
 
 def built(path: Path, profiles: Sequence[Profile], options: Options, timing_cache: Path | None, progress: bool) -> bytes:

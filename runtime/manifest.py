@@ -81,7 +81,7 @@ def sha256(path: Path) -> str:
 
 def manifest_text(content: dict[str, Any]) -> bytes:
     """manifest.json as enat writes it."""
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def read_manifest(folder: Path, verify: bool = False) -> Manifest:

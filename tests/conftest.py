@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 DATA = Path(__file__).parent / "data"
 
@@ -71,3 +72,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def engine_copy(engines: Callable[[str], Path], tmp_path: Path) -> Path:
     """An engine to damage."""
     return Path(shutil.copytree(engines("tiny"), tmp_path / "engine"))
+
+
+NOT_ERRORS = ("[", "seed ", "no --engine", "Warning: ")  # progress and notes on stderr
+
+
+def refused(result: Result, *parts: str, code: int = 2) -> None:
+    """One line on stderr that says what was wrong, and the exit code."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(NOT_ERRORS)]
+    assert result.exit_code == code, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    for part in parts:
+        assert part in lines[0]

@@ -19,7 +19,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import DATA, Golden, read_golden
+from conftest import DATA, Golden, read_golden, refused
 
 from enat import Pipeline
 from enat.errors import CheckpointError
@@ -33,15 +33,6 @@ SPLIT = ("--heads", "3", "--encoder-depth", "3")
 
 def export(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, *parts: str, code: int = 2) -> None:
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("[")]
-    assert result.exit_code == code, result.stderr
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 CONTRACT = {

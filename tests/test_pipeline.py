@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from enat import EnatError, Pipeline, Stopped, to_pil
+from enat import Pipeline, Stopped, to_pil
 from enat.errors import EngineError, InputError
 from enat.runtime.pipeline import Preview
 
@@ -161,15 +161,6 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
 def test_arguments_out_of_range(pipe: Pipeline, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         pipe.generate(**arguments)
-
-
-def test_an_unknown_backend_or_device(engines: Callable[[str], Path]) -> None:
-    with pytest.raises(EnatError, match="expected auto or one of onnxruntime"):
-        Pipeline.load(engines("tiny"), backend="none")
-    with pytest.raises(EnatError, match="device cpu, got 'cuda:0'"):
-        Pipeline.load(engines("tiny"), device="cuda:0")
-    with pytest.raises(EnatError, match="1 or more threads"):
-        Pipeline.load(engines("tiny"), threads=0)
 
 
 def test_an_engine_without_images(engine_copy: Path) -> None:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
-from conftest import read_golden
+from conftest import read_golden, refused
 from PIL import Image
 
 from enat import Pipeline
@@ -84,14 +84,6 @@ def float32() -> Iterator[Pipeline]:
 
 def run(main: object, *arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-
-
-def refused(result: Result, *parts: str, code: int = 2) -> None:
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("[")]
-    assert result.exit_code == code, result.stderr
-    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
-    for part in parts:
-        assert part in lines[0]
 
 
 # Quality, on the bundled engine, which is trained

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import refused
 from PIL import Image
 
 from enat import Pipeline
@@ -31,16 +32,6 @@ def run(engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Monk
         return CliRunner().invoke(main, ["--engine", str(engine or engines("tiny")), *map(str, arguments)])
 
     return call
-
-
-def refused(result: Result, *parts: str) -> None:
-    """One line on stderr that says what was wrong, and exit code 2."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("seed ", "no --engine"))]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])

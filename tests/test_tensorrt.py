@@ -584,6 +584,66 @@ def test_running_asks_tensorrt_for_what_was_meant(trt: Any, engine_copy: Path, m
             pipeline.generate([1] * 5, seed=0)
 
 
+class Refits:
+    """Stand-ins for what gives plans other weights."""
+
+    def __init__(self, trt: Any, monkeypatch: pytest.MonkeyPatch, succeeds: bool = True) -> None:
+        self.files: list[str] = []
+        self.refitted = 0
+        refitter, parser = trt.Refitter, trt.OnnxParserRefitter
+        monkeypatch.setattr(trt, "Refitter", lambda engine, logger: StandIn(refitter, refit_cuda_engine=self.refit))
+        monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, logger: StandIn(parser, refit_from_file=self.parse))
+        self.succeeds = succeeds
+
+    def parse(self, path: str) -> bool:
+        self.files.append(path)
+        return self.succeeds
+
+    def refit(self) -> bool:
+        self.refitted += 1
+        return True
+
+
+def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enat.runtime.backends import tensorrt as backend_module
+
+    build = make_build(read_manifest(engine_copy), weights="stripped")
+    graphs = {name: dataclasses.replace(graph, weights=f"{name}.onnx") for name, graph in build.graphs.items()}
+    manifest = listed(engine_copy, dataclasses.replace(build, graphs=graphs))
+    plans, refits = Plans(trt, engine_copy), Refits(trt, monkeypatch)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    monkeypatch.setattr(backend_module, "device_index", lambda device: 0)
+    monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
+    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
+    for _ in range(2):
+        backend.engine("encoder")
+    assert refits.files == [str(engine_copy / "encoder.onnx")] and refits.refitted == 1
+    refits.succeeds = False
+    with pytest.raises(BackendError, match=r"decoder\.onnx: TensorRT could not take the weights from it"):
+        backend.engine("decoder")
+
+
+def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refittable build of one checkpoint becomes that of the next one."""
+    from enat.export.tensorrt_build import build_engine
+
+    trt = builds.trt
+    new = Path(shutil.copytree(engine_copy, tmp_path / "new"))
+    first = build_engine(engine_copy, [8], weights="refittable")
+    assert all(trt.BuilderFlag.REFIT in {call[1][0] for call in config.calls if call[0] == "set_flag"} for config in builds.configs)
+    made = len(builds.configs)
+    refits, runtime = Refits(trt, monkeypatch), trt.Runtime
+    engine = StandIn(trt.ICudaEngine, serialize=lambda: b"refitted")
+    monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(runtime, deserialize_cuda_engine=lambda plan: engine))
+    build = build_engine(new, [8], refit=engine_copy)
+    assert refits.files == [str(new / f"{graph}.onnx") for graph in first.graphs]
+    assert (new / build.plan("encoder")).read_bytes() == b"refitted"
+    assert len(builds.configs) == made
+    with pytest.raises(InputError, match="has no build with these options to refit"):
+        build_engine(new, [4], refit=engine_copy)
+
+
 def test_signatures_are_read_off_docstrings(trt: Any) -> None:
     """The helper: it refuses what the bindings do not document."""
     assert {len(one.parameters) for one in signatures(trt.IExecutionContext.set_input_shape)} == {3}

@@ -1,0 +1,118 @@
+"""Which backend runs an engine, and what is said where none can."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from conftest import refused
+
+from enat import Pipeline
+from enat.errors import BackendError, EngineError, InputError
+from enat.export.cli import main as export_main
+from enat.runtime import backends
+from enat.runtime.backends import onnxruntime_cuda, open_backend
+from enat.runtime.manifest import read_manifest
+
+
+def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) -> None:
+    for options, message in (
+        ({"backend": "none"}, "unknown backend 'none'; expected auto or one of onnxruntime, onnxruntime-tensorrt, tensorrt"),
+        ({"device": "tpu"}, "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
+        ({"backend": "tensorrt"}, "the backend tensorrt runs on cuda, got the device 'cpu'"),
+        ({"threads": 0}, "expected 1 or more threads, got 0"),
+        ({"slots": 0}, "expected 1 or more slots, got 0"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            Pipeline.load(engines("tiny"), **options)  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(engines("tiny"))
+    tried: list[str] = []
+
+    def load(name: str, *rest: Any) -> str:
+        tried.append(name)
+        if name == "tensorrt":
+            raise EngineError("no build")
+        return name
+
+    monkeypatch.setattr(backends, "load_backend", load)
+    assert open_backend("auto", manifest, "cuda:0") == "onnxruntime"  # type: ignore[comparison-overlap]
+    assert tried == ["tensorrt", "onnxruntime"]
+    assert open_backend("auto", manifest) == "onnxruntime"  # type: ignore[comparison-overlap]
+    monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError(f"{name} fails")))
+    with pytest.raises(BackendError, match="tensorrt fails; onnxruntime fails"):
+        open_backend("auto", manifest, "cuda:0")
+
+
+def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.31.1")
+    with pytest.raises(BackendError) as info:
+        onnxruntime_cuda.check_packages("CUDAExecutionProvider")
+    assert str(info.value) == (
+        "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed and overwrite each other; "
+        "mend it with: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[gpu]'"
+    )
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this ONNX Runtime can use a GPU")
+def test_an_onnxruntime_without_a_gpu(engines: Callable[[str], Path]) -> None:
+    with pytest.raises(BackendError, match=r"has no CUDAExecutionProvider; install it with: pip uninstall -y"):
+        Pipeline.load(engines("tiny"), "onnxruntime", "cuda:0")
+
+
+@pytest.mark.parametrize("version, accepted", [("10.16.1.11", True), ("11.4.0.106", False)])
+def test_onnxruntime_needs_its_own_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, accepted: bool) -> None:
+    module = types.ModuleType("tensorrt")
+    module.__version__ = version  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    if accepted:
+        onnxruntime_cuda.load_tensorrt()
+    else:
+        with pytest.raises(BackendError, match=r"needs TensorRT 10, found 11\.4\.0\.106; use --backend tensorrt, or: pip install"):
+            onnxruntime_cuda.load_tensorrt()
+
+
+def test_float32_stays_float32_on_a_gpu(engines: Callable[[str], Path]) -> None:
+    manifest = read_manifest(engines("tiny"))
+    for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
+        providers = dict(cls.providers(object.__new__(cls), 3, manifest))
+        assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0}
+        assert next(iter(providers)) == cls.provider
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--max-batch", "4"], ["--max-batch goes with --tensorrt"]),
+        ([], ["expected --precision fp16 or int8, or --tensorrt"]),
+        (["--tensorrt", "--out", "x"], ["--out: the build goes into"]),
+        (["--precision", "fp16", "--out", "x", "--steps", "8"], ["--steps goes with --ckpt or --tensorrt"]),
+        (["--precision", "fp16"], ["expected --out with a directory to write"]),
+        (["--tensorrt", "--steps", "8,x"], ["--steps: expected a number, or numbers with commas between, got '8,x'"]),
+        (["--tensorrt", "--max-batch", "0"], ["expected a best batch of 1 to the largest, 0, got 1"]),
+        (["--tensorrt", "--refit", "nowhere"], ["nowhere: expected an engine directory"]),
+        (["--tensorrt", "--device", "cpu"], ["expected the device cpu, cuda or cuda:N, got 'cpu'"]),
+    ],
+)
+def test_options_of_a_build(engines: Callable[[str], Path], arguments: list[str], parts: list[str]) -> None:
+    if "--tensorrt" in arguments:
+        from tensorrt_stand_in import import_tensorrt
+
+        import_tensorrt()
+    refused(CliRunner().invoke(export_main, ["--engine", str(engines("tiny")), *arguments]), *parts)
+
+
+def test_more_steps_than_one_go_with_a_build(tmp_path: Path) -> None:
+    result = CliRunner().invoke(export_main, ["--ckpt", "net.pth", "--out", str(tmp_path / "engine"), "--steps", "8,12"])
+    refused(result, "expected one number of --steps, got 8,12; more of them go with --tensorrt")
