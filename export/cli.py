@@ -223,7 +223,7 @@ def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_nam
 
 def conversion(precision: str, float_type: str | None, options: dict[str, Any]) -> tuple[Precision, Any]:
     """The precision and the calibration's settings of a command line."""
-    with needs("calibration", f"--precision {precision}"):
+    with needs("calibration,cpu", f"--precision {precision}"):
         from ..calibration.calibrate import Settings
         from .convert import Precision
     if "weight_bits" in options:

@@ -65,7 +65,7 @@ def main(
             raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")
         if file:
             check_writable(file)
-    with needs("calibration", "comparing engines"):
+    with needs("calibration,cpu", "comparing engines"):
         from .compare import compare
         from .layers import layer_errors
     if plot:
