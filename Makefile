@@ -2,6 +2,7 @@
 PYTHON ?= python3
 INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGE = --no-deps --force-reinstall .
+export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
 
 .PHONY: demo test test-slow test-gpu clean
 
@@ -13,7 +14,7 @@ demo: .venv/demo/ready
 	@echo "The sheet of pictures: $(CURDIR)/demo-sheet.png"
 
 # Tests an installed package, not the clone; and that the commands work where there is no PyTorch.
-test: .venv/test/ready .venv/demo/ready
+test: .venv/test/ready .venv/demo/ready .venv/triton/ready
 	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/demo/$(INSTALL) $(PACKAGE)
@@ -24,8 +25,8 @@ test: .venv/test/ready .venv/demo/ready
 	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt.py
 	.venv/demo/bin/python tests/without_torch.py
 
-# Statistics over thousands of pictures, printed too.
-test-slow: .venv/test/ready
+# What takes long: statistics over thousands of pictures, printed too; servers at full load.
+test-slow: .venv/test/ready .venv/triton/ready
 	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/python -m pytest -m slow -rP
@@ -39,6 +40,12 @@ test-gpu: .venv/gpu/ready
 .venv/gpu/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/gpu
 	.venv/gpu/$(INSTALL) ".[gpu,calibration]" pytest hypothesis
+	touch $@
+
+# Triton's server. Its Python backend needs NumPy 1, so that it has an environment of its own.
+.venv/triton/ready: requirements-triton.txt
+	$(PYTHON) -m venv --clear .venv/triton
+	.venv/triton/bin/python -m pip --disable-pip-version-check install -q -r requirements-triton.txt
 	touch $@
 
 .venv/demo/ready: pyproject.toml constraints.txt

@@ -36,15 +36,17 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def machine(device: torch.device) -> str:
-    """The device, or the processor and how many cores of it there are."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+def processor() -> str:
+    """The processor, how many cores of it there are, and what matters here of its instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     features = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if flag in flags]
     return f"{model}, {torch.get_num_threads()} cores, {' '.join(features)}"
+
+
+def machine(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else processor()
 
 
 def reference(

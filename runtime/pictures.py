@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -39,20 +40,30 @@ def sheet(images: Images, columns: int) -> Image.Image:
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     """Writes PNG, WebP (lossless) or JPEG by the ending, whole or not at all."""
-    text = json.dumps(metadata)
     suffix = path.suffix.lower()
     options: dict[str, Any]
     if suffix == ".png":
-        info = PngImagePlugin.PngInfo()
-        info.add_text(METADATA_KEY, text)
-        options = {"format": "PNG", "pnginfo": info}
+        options = png_options(metadata)
     else:
         exif = Image.Exif()
-        exif[EXIF_DESCRIPTION] = text
+        exif[EXIF_DESCRIPTION] = json.dumps(metadata)
         options = {"format": "WEBP", "lossless": True} if suffix == ".webp" else {"format": "JPEG", "quality": 95, "subsampling": 0}
         options["exif"] = exif
     with WholeFile(path) as partial:
         image.save(partial, **options)
+
+
+def png_options(metadata: dict[str, Any]) -> dict[str, Any]:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA_KEY, json.dumps(metadata))
+    return {"format": "PNG", "pnginfo": info}
+
+
+def png_bytes(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """A PNG file, in memory."""
+    file = io.BytesIO()
+    image.save(file, **png_options(metadata))
+    return file.getvalue()
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, metadata: dict[str, Any]) -> None:

@@ -1,0 +1,44 @@
+"""`enat-triton`: a Triton model repository from an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from ..runtime.backends import BACKENDS
+from ..runtime.command import Command
+from ..runtime.pipeline import BUNDLED_ENGINE
+from .repository import Options, write_repository
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model repository; other models in it stay.")
+@click.option("--name", default="enat", show_default=True, help="Of the model; the one that gives PNG files has _png behind.")
+@click.option("--max-batch", default=8, show_default=True, help="Pictures drawn at once.")
+@click.option("--queue-delay", "queue_delay_us", default=5000, show_default=True, help="Microseconds that a request waits for others.")
+@click.option("--instances", default=1, show_default=True, help="Processes, each with the engine in memory.")
+@click.option("--gpus", help="Numbers of the GPUs to run on, with commas; default: the CPU.")
+@click.option("--png-instances", default=1, show_default=True, help="Processes that encode PNG files, 0 for no such model.")
+@click.option("--priorities", default=0, show_default=True, help="Levels of priority that requests may ask for.")
+@click.option("--queue-size", default=0, show_default=True, help="Requests that may wait; more are refused. 0: any number.")
+@click.option("--queue-timeout", "queue_timeout_us", default=0, show_default=True, help="Microseconds that a request may wait, 0: any.")
+@click.option("--env", help="EXECUTION_ENV_PATH: an environment with the wheels; default: that of the server.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
+@click.option("--threads", type=int, help="CPU threads of an instance; default: all cores.")
+@click.option("--warmup/--no-warmup", default=True, show_default=True, help="Draw before the model is ready.")
+@click.option("--graphs", is_flag=True, help="Every graph as a model of its own too, for services that run the loop themselves.")
+@click.option("--force", is_flag=True, help="Replace models that exist.")
+def main(engine: Path | None, out: Path, gpus: str | None, force: bool, **options: Any) -> None:
+    """Write a model repository for Triton Inference Server, with the engine and the runtime inside."""
+    try:
+        numbers = tuple(int(word) for word in gpus.split(",")) if gpus else ()
+    except ValueError:
+        raise InputError(f"--gpus: expected numbers with commas between, got {gpus!r}") from None
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: exists and is not a directory")
+    names = write_repository(engine or BUNDLED_ENGINE, out, Options(gpus=numbers, **options), force)
+    click.echo(f"models {', '.join(names)} in {out}", err=True)

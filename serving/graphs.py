@@ -1,0 +1,87 @@
+"""An engine's graphs as Triton models of their own, for services that run the loop themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..runtime.builds import Build, read_builds
+from ..runtime.manifest import Manifest
+from .config import Word
+
+TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
+
+Port = tuple[str, str, list[int]]  # name, type, dimensions with -1 where they are free; none for a scalar
+
+
+def ports(manifest: Manifest, modulation: dict[str, list[int]]) -> dict[str, tuple[list[Port], list[Port]]]:
+    """Inputs and outputs of every graph by the engine contract (docs/ENGINE.md)."""
+    model, real = manifest.model, manifest.float_type
+    tokens, positions = ("tokens", "int64", [-1, -1]), ("positions", "int64", [-1, -1])
+    encoder, decoder = ((name, real, [-1, *modulation[name]]) for name in ("encoder_modulation", "decoder_modulation"))
+    features = ("features", real, [-1, -1, model.dim])
+    logits = ("logits", "float32", [-1, -1, model.codes])
+    noise: list[Port] = [(name, "float32", [-1, model.length]) for name in ("choice_noise", "confidence_noise")]
+    numbers: list[Port] = [(name, "float32", []) for name in ("guidance", "sampling_temperature", "mask_temperature")]
+    chosen: list[Port] = [(name, "int64", [-1, -1]) for name in ("tokens", "revealed_tokens", "revealed_positions", "masked_positions")]
+    result: dict[str, tuple[list[Port], list[Port]]] = {
+        "condition": ([("labels", "int64", [-1])], [encoder, decoder]),
+        "encoder": ([tokens, positions, features, encoder], [("visible_features", real, [-1, -1, model.dim])]),
+        "decoder": ([positions, features, decoder], [logits]),
+        "sampler": ([logits, positions, *noise, *numbers, ("keep", "int64", [])], chosen),
+    }
+    size = model.image_size
+    if size is not None:
+        images: Port = ("images", "uint8", [-1, size, size, 3])
+        result["image_decoder"] = ([tokens, positions], [images])
+        result["image_encoder"] = ([images], [tokens])
+    return {name: both for name, both in result.items() if manifest.has(f"{name}.onnx")}
+
+
+def graph_configs(manifest: Manifest, name: str, gpu: bool) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """For every graph a model `<name>_<graph>`: its config, and its files (in the version folder → in the engine directory).
+
+    On a GPU with a TensorRT build the plans are served, else the graphs by ONNX Runtime.
+    """
+    build = next(reversed(read_builds(manifest)), None) if gpu else None
+    return {
+        f"{name}_{graph}": (config(f"{name}_{graph}", graph, inputs, outputs, build, gpu), files(manifest, graph, build))
+        for graph, (inputs, outputs) in ports(manifest, modulation_dims(manifest)).items()
+    }
+
+
+def modulation_dims(manifest: Manifest) -> dict[str, list[int]]:
+    """Dimensions of the modulation beyond its rows, which are the condition graph's own affair."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(manifest.path("condition.onnx"), providers=["CPUExecutionProvider"])
+    return {output.name: list(output.shape[1:]) for output in session.get_outputs()}
+
+
+def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]:
+    if build and graph in build.graphs:
+        return {"model.plan": build.plan(graph)}
+    own = [name for name in manifest.files if name.startswith(f"{graph}.onnx")]
+    # Graphs name their external data, so only the graph itself is renamed.
+    return {("model.onnx" if name == f"{graph}.onnx" else name): name for name in own}
+
+
+def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpu: bool) -> dict[str, Any]:
+    plan = build is not None and graph in build.graphs
+    return {
+        "name": name,
+        "platform": "tensorrt_plan" if plan else "onnxruntime_onnx",
+        "max_batch_size": 0,  # batch and rows are axes of the contract
+        "input": [tensor(*port, shape_tensor=plan and port[0] == "keep") for port in inputs],
+        "output": [tensor(*port) for port in outputs],
+        "instance_group": [{"count": 1, "kind": Word("KIND_GPU" if gpu else "KIND_CPU")}],
+    }
+
+
+def tensor(name: str, kind: str, dims: list[int], shape_tensor: bool = False) -> dict[str, Any]:
+    return {
+        "name": name,
+        "data_type": Word(TYPES[kind]),
+        "dims": dims or [1],
+        "reshape": None if dims else {"shape": []},
+        "is_shape_tensor": True if shape_tensor else None,
+    }

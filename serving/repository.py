@@ -1,0 +1,216 @@
+"""A Triton model repository around an engine: the engine and the runtime inside, ready to be mounted or copied to a server."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EngineError, InputError
+from ..runtime.backends import BACKENDS
+from ..runtime.manifest import FILE, Manifest, read_manifest
+from .batches import SETTINGS
+from .config import Word, parameters, pbtxt
+from .graphs import graph_configs
+
+PACKAGE = Path(__file__).parent.parent
+PACKAGE_FILES = ("__init__.py", "errors.py", "py.typed", "runtime", "serving")  # what a server needs of enat
+MODEL = '''"""Written by enat-triton."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+
+from enat.serving.triton_model import {cls} as TritonPythonModel  # noqa: E402, F401
+'''
+INPUT_TYPES = {
+    "class_id": "TYPE_INT64",
+    "class_name": "TYPE_STRING",
+    "seed": "TYPE_UINT64",
+    "steps": "TYPE_INT32",
+    **{name: "TYPE_FP32" for name in SETTINGS if name != "steps"},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How Triton is to run an engine.
+
+    name: of the model; the one of PNG files is called so with `_png` behind. max_batch: pictures drawn at once. queue_delay_us: how long
+    a request waits for others to be drawn with. instances: processes, each with the engine in memory; on `gpus`, or on the CPU without
+    any. png_instances: of the model that encodes. priorities: levels, 0 for none. queue_size, queue_timeout_us: requests that wait at most,
+    and how long; 0 for no limit. env: EXECUTION_ENV_PATH, a packed or unpacked environment with the wheels. threads: on the CPU.
+    """
+
+    name: str = "enat"
+    max_batch: int = 8
+    queue_delay_us: int = 5000
+    instances: int = 1
+    gpus: tuple[int, ...] = ()
+    png_instances: int = 1
+    priorities: int = 0
+    queue_size: int = 0
+    queue_timeout_us: int = 0
+    env: str | None = None
+    backend: str = "auto"
+    threads: int | None = None
+    warmup: bool = True
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        for option, least in (("max_batch", 1), ("instances", 1), ("png_instances", 0), ("threads", 1)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise InputError(f"expected {option.replace('_', ' ')} of {least} or more, got {value}")
+        for option in ("queue_delay_us", "priorities", "queue_size", "queue_timeout_us"):
+            if getattr(self, option) < 0:
+                raise InputError(f"expected {option.replace('_', ' ')} of 0 or more, got {getattr(self, option)}")
+        if not self.name or not all(character.isalnum() or character in "_-." for character in self.name):
+            raise InputError(f"expected a model name of letters, digits, _, - and ., got {self.name!r}")
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise InputError(f"unknown backend {self.backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+
+
+def write_repository(engine: Path, out: Path, options: Options, force: bool = False) -> list[str]:
+    """Writes a model repository for an engine. Returns the names of its models.
+
+    Models of other names that are in `out` stay. Raises InputError where one of these names is taken and `force` is not given,
+    EngineError where the engine has no image decoder.
+    """
+    manifest = read_manifest(engine)
+    if not manifest.has("image_decoder.onnx"):
+        raise EngineError(f"{engine}: this engine has no image decoder and gives tokens only; a server needs pictures")
+    models: dict[str, dict[str, Any]] = {options.name: picture_config(manifest, options)}
+    if options.png_instances:
+        models[f"{options.name}_png"] = png_config(options)
+    graphs = graph_configs(manifest, options.name, bool(options.gpus)) if options.graphs else {}
+    names = [*models, *graphs]
+    for name in names:
+        if (out / name).exists() and not force:
+            raise InputError(f"{out / name}: exists; --force replaces it")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{options.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, config in models.items():
+            version = partial / name / "1"
+            version.mkdir(parents=True)
+            (partial / name / "config.pbtxt").write_text(pbtxt(config), "utf-8")
+            cls = "PictureModel" if name == options.name else "PngModel"
+            (version / "model.py").write_text(MODEL.format(cls=cls), "utf-8")
+            copy_package(version / "runtime" / "enat")
+        copy_engine(manifest, partial / options.name / "1" / "engine")
+        for name, (config, files) in graphs.items():
+            version = partial / name / "1"
+            version.mkdir(parents=True)
+            (partial / name / "config.pbtxt").write_text(pbtxt(config), "utf-8")
+            for target, source in files.items():
+                link_or_copy(manifest.folder / source, version / target)
+        for name in names:
+            if (out / name).exists():
+                (out / name).rename(partial / f"{name}.old")
+            (partial / name).rename(out / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return names
+
+
+def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
+    size = manifest.model.image_size
+    batching: dict[str, Any] = {"max_queue_delay_microseconds": options.queue_delay_us}
+    if options.priorities:
+        batching |= {"priority_levels": options.priorities, "default_priority_level": (options.priorities + 1) // 2}
+    if options.queue_size or options.queue_timeout_us:
+        batching["default_queue_policy"] = {
+            "timeout_action": Word("REJECT"),
+            "default_timeout_microseconds": options.queue_timeout_us,
+            "allow_timeout_override": True,
+            "max_queue_size": options.queue_size,
+        }
+    return {
+        "name": options.name,
+        "backend": "python",
+        "max_batch_size": options.max_batch,
+        "input": inputs(),
+        "output": [
+            {"name": "image", "data_type": Word("TYPE_UINT8"), "dims": [size, size, 3]},
+            {"name": "seed", "data_type": Word("TYPE_UINT64"), "dims": [1]},
+        ],
+        "dynamic_batching": batching,
+        "instance_group": [
+            {
+                "count": options.instances,
+                "kind": Word("KIND_GPU" if options.gpus else "KIND_CPU"),
+                "gpus": list(options.gpus) or None,
+            }
+        ],
+        "model_warmup": [warmup(batch) for batch in dict.fromkeys((1, options.max_batch))] if options.warmup else None,
+        "parameters": parameters(
+            {
+                "EXECUTION_ENV_PATH": options.env,
+                "backend": options.backend,
+                "threads": None if options.threads is None else str(options.threads),
+            }
+        ),
+    }
+
+
+def png_config(options: Options) -> dict[str, Any]:
+    return {
+        "name": f"{options.name}_png",
+        "backend": "python",
+        "max_batch_size": options.max_batch,
+        "input": inputs(),
+        "output": [
+            {"name": "png", "data_type": Word("TYPE_STRING"), "dims": [1]},
+            {"name": "seed", "data_type": Word("TYPE_UINT64"), "dims": [1]},
+        ],
+        # It waits for pictures most of the time, so it takes what has come together while it did.
+        "dynamic_batching": {"max_queue_delay_microseconds": options.queue_delay_us},
+        "instance_group": [{"count": options.png_instances, "kind": Word("KIND_CPU")}],
+        "parameters": parameters({"EXECUTION_ENV_PATH": options.env, "pictures": options.name}),
+    }
+
+
+def inputs() -> list[dict[str, Any]]:
+    return [{"name": name, "data_type": Word(kind), "dims": [1], "optional": True} for name, kind in INPUT_TYPES.items()]
+
+
+def warmup(batch: int) -> dict[str, Any]:
+    """A batch of pictures of class 0, drawn before the model is ready: sessions are made, memory is taken, GPUs have seen the shapes."""
+    zeros = {"class_id": "TYPE_INT64", "seed": "TYPE_UINT64"}
+    return {
+        "name": f"batch of {batch}",
+        "batch_size": batch,
+        "count": 3,  # run, recorded, launched
+        "inputs": [{"key": name, "value": {"data_type": Word(kind), "dims": [1], "zero_data": True}} for name, kind in zeros.items()],
+    }
+
+
+def copy_package(target: Path) -> None:
+    for name in PACKAGE_FILES:
+        source = PACKAGE / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target / name)
+
+
+def copy_engine(manifest: Manifest, target: Path) -> None:
+    """The engine's files, and its builds."""
+    target.mkdir()
+    builds = [name for build in manifest.builds for name in build.get("files", {})]
+    for name in (*manifest.files, *builds, FILE):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(manifest.folder / name, target / name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, as engines are large."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

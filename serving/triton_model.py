@@ -1,0 +1,122 @@
+"""What runs inside Triton's Python backend: requests become batches of a pipeline, and pictures become responses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from ..errors import EnatError, InputError
+from ..runtime.classes import class_index
+from ..runtime.pictures import png_bytes, to_pil
+from ..runtime.pipeline import Pipeline
+from .batches import SETTINGS, Picture, draw_all
+
+INPUTS = ("class_id", "class_name", "seed", *SETTINGS)
+
+
+def parameter(config: dict[str, Any], name: str) -> str | None:
+    value = config.get("parameters", {}).get(name)
+    return value["string_value"] if value and value["string_value"] else None
+
+
+def invalid(message: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+
+
+class PictureModel:
+    """`class_id` or `class_name`, `seed` and settings, [n, 1] each, → `image` uint8 [n, height, width, 3] and the `seed` of each."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        device = "cpu" if args["model_instance_kind"] == "CPU" else f"cuda:{args['model_instance_device_id']}"
+        threads = parameter(config, "threads")
+        self.batch_size = max(1, int(config["max_batch_size"]))
+        self.pipeline = Pipeline.load(
+            Path(args["model_repository"], args["model_version"], "engine"),
+            parameter(config, "backend") or "auto",
+            device,
+            int(threads) if threads else None,
+        )
+        self.pipeline.require_images()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        asked: list[list[Picture] | str] = [self.read(request) for request in requests]
+        owners = [i for i, one in enumerate(asked) if not isinstance(one, str) for _ in one]
+        pictures = [picture for one in asked if not isinstance(one, str) for picture in one]
+        drawn = draw_all(self.pipeline, pictures, self.batch_size, lambda index: not requests[owners[index]].is_cancelled())
+        images = iter(drawn)
+        responses = []
+        for one in asked:
+            if isinstance(one, str):
+                responses.append(invalid(one))
+                continue
+            own = [next(images) for _ in one]
+            errors = [image for image in own if isinstance(image, EnatError)]
+            if errors:
+                responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(errors[0]), pb_utils.TritonError.INTERNAL)))
+            elif any(image is None for image in own):
+                responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError("cancelled", pb_utils.TritonError.CANCELLED)))
+            else:
+                seeds = np.array([[picture.seed] for picture in one], np.uint64)
+                tensors = [pb_utils.Tensor("image", np.stack(own)), pb_utils.Tensor("seed", seeds)]  # type: ignore[arg-type]
+                responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+        return responses
+
+    def read(self, request: Any) -> list[Picture] | str:
+        """The pictures that a request asks for, or what is wrong with it."""
+        given = {}
+        for name in INPUTS:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                given[name] = tensor.as_numpy().reshape(-1)
+        try:
+            return self.pictures(given)
+        except InputError as error:
+            return str(error)
+
+    def pictures(self, given: dict[str, NDArray[Any]]) -> list[Picture]:
+        if ("class_id" in given) == ("class_name" in given):
+            raise InputError("expected either class_id or class_name")
+        model = self.pipeline.manifest.model
+        wanted = given.get("class_id", given.get("class_name"))
+        assert wanted is not None
+        labels = [class_index(model, one.decode("utf-8", "replace") if isinstance(one, bytes) else int(one)) for one in wanted]
+        seeds = [int(seed) for seed in given["seed"]] if "seed" in given else [secrets.randbits(63) for _ in labels]
+        own = {name: given[name].tolist() for name in SETTINGS if name in given}
+        settings = [tuple((name, values[i]) for name, values in own.items()) for i in range(len(labels))]
+        for one in dict.fromkeys(settings):
+            self.pipeline.schedule(**dict(one))
+        return [Picture(label, seed, one) for label, seed, one in zip(labels, seeds, settings, strict=True)]
+
+    def finalize(self) -> None:
+        self.pipeline.close()
+
+
+class PngModel:
+    """The same inputs → `png`, an encoded file of each picture, drawn by the other model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.model = parameter(json.loads(args["model_config"]), "pictures")
+
+    async def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return list(await asyncio.gather(*map(self.answer, requests)))
+
+    async def answer(self, request: Any) -> Any:
+        inputs = [tensor for name in INPUTS if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None]
+        inner = pb_utils.InferenceRequest(model_name=self.model, requested_output_names=["image", "seed"], inputs=inputs)
+        response = await inner.async_exec()
+        if response.has_error():
+            return pb_utils.InferenceResponse(error=response.error())
+        images = pb_utils.get_output_tensor_by_name(response, "image").as_numpy()
+        seeds = pb_utils.get_output_tensor_by_name(response, "seed")
+        files = [png_bytes(image, {"seed": int(seed)}) for image, seed in zip(to_pil(images), seeds.as_numpy()[:, 0], strict=True)]
+        png = pb_utils.Tensor("png", np.array([[file] for file in files], object))
+        return pb_utils.InferenceResponse(output_tensors=[png, pb_utils.Tensor("seed", seeds.as_numpy())])
