@@ -15,6 +15,7 @@ ROOMS = {
     "runtime": (set(), {"torch", "onnx", "onnx_ir", "onnxscript"}),
     "models": (set(), {"onnx", "onnx_ir", "onnxruntime"}),
     "calibration": ({"runtime"}, {"torch"}),
+    "serving": ({"runtime"}, {"torch", "onnx", "onnx_ir", "onnxscript"}),
     "export": ({"models", "runtime", "calibration"}, set()),
 }
 

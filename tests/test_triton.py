@@ -397,6 +397,52 @@ def test_a_reload_under_load_loses_nothing(server: Server, grpc: Client, pipe: P
     assert (grpc.ask(one, class_id=1, seed=1).as_numpy("image") == pipe.generate([1], seed=1)).all()
 
 
+def test_the_page_s_client(server: Server, pipe: Pipeline) -> None:
+    """The sample of docs/TRITON.md as it is printed: under twenty lines, and what it gets."""
+    page = (Path(__file__).parent.parent / "docs" / "TRITON.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert code.count("\n") < 20
+    found: dict[str, Any] = {}
+    exec(code.replace("localhost:8001", server.grpc), found)
+    (expected,) = pipe.generate([17], seed=7)
+    assert (found["picture"] == expected).all()
+    assert (np.asarray(Image.open(io.BytesIO(found["png"]))) == expected).all()
+
+
+def test_deployments() -> None:
+    """What the manifests name is there, and is what the server calls it."""
+    import yaml
+
+    folder = Path(__file__).parent.parent / "serving" / "deploy"
+    deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
+    assert container["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/v2/models/enat/ready"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    (compose,) = yaml.safe_load((folder / "compose.yaml").read_text())["services"].values()
+    build = compose["build"]
+    assert (folder / build["context"] / build["dockerfile"]).resolve() == folder / "Dockerfile"
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert all(f" {port}" in dockerfile for port in ports.values())
+
+
+def test_probes_are_what_the_server_answers(server: Server) -> None:
+    for path in ("v2/health/live", "v2/health/ready", "v2/models/enat/ready"):
+        assert server.get(path) is not None
+    assert server.get("v2/models/other/ready") is None
+    found = {name.split("{")[0] for name in server.metrics()}
+    page = (Path(__file__).parent.parent / "docs" / "TRITON.md").read_text()
+    named = set(re.findall(r"`(nv_\w+)`", page))
+    assert len(named) > 5
+    assert named - found <= {"nv_gpu_utilization", "nv_gpu_memory_used_bytes"}  # there is no GPU
+
+
 def test_the_runtime_in_the_repository_is_used(repository: Path) -> None:
     """The environment of the server has no enat of its own."""
     import subprocess
