@@ -23,11 +23,12 @@ Program = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 # name → kind of device → module and class, imported when first asked for
 BACKENDS = {
     "onnxruntime": {"cpu": ("onnxruntime_cpu", "OnnxRuntimeBackend"), "cuda": ("onnxruntime_cuda", "OnnxRuntimeCudaBackend")},
+    "openvino": {"cpu": ("openvino_cpu", "OpenVinoBackend")},
     "onnxruntime-tensorrt": {"cuda": ("onnxruntime_cuda", "OnnxRuntimeTensorRTBackend")},
     "tensorrt": {"cuda": ("tensorrt", "TensorRTBackend")},
 }
 AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}  # the fastest first
-EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # what to install for a kind of device
+EXTRAS = {"cpu": "cpu", "cuda": "gpu", "openvino": "openvino"}  # what to install for a kind of device, or for one backend
 
 
 class Lane(Protocol):
@@ -108,7 +109,9 @@ def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads:
     try:
         backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
     except ImportError as error:
-        raise BackendError(f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{EXTRAS[kind]}]'") from error
+        raise BackendError(
+            f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{EXTRAS.get(name, EXTRAS[kind])}]'"
+        ) from error
     return backend
 
 

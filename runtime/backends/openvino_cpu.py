@@ -1,0 +1,164 @@
+"""OpenVINO on the CPU. A tensor is a NumPy array."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ...errors import BackendError, InputError
+from ..manifest import Manifest
+from . import Array, Program
+from .device import output_shapes
+from .sessions import first_line
+
+CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
+
+
+class OpenVinoBackend:
+    """Compiled graphs, each made when first run, and kept in a cache folder from then on.
+
+    Engines whose float type is float16 run in bfloat16 where the CPU computes in it, else in float32, like all others.
+    """
+
+    name = "openvino"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        if device != "cpu":
+            raise InputError(f"expected the device cpu, got {device!r}")
+        self.device = device
+        self.manifest = manifest
+        self.core = ov.Core()
+        if "CPU" not in self.core.available_devices:
+            raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
+        self.bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
+        if threads:
+            self.options["INFERENCE_NUM_THREADS"] = threads
+        folder = cache_folder(manifest)
+        if folder:
+            self.options["CACHE_DIR"] = str(folder)
+        self.compiled: dict[str, Any] = {}
+        self.lock = threading.Lock()
+        self.idle: list[OpenVinoLane] = []
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[OpenVinoLane]:
+        with self.lock:
+            lane = self.idle.pop() if self.idle else OpenVinoLane(self)
+        try:
+            yield lane
+        finally:
+            with self.lock:
+                self.idle.append(lane)
+
+    def options_of(self, graph: str) -> dict[str, Any]:
+        float16 = self.manifest.float_type == "float16"
+        if graph != "image_decoder" or self.manifest.precision != "int8":
+            return {**self.options, "INFERENCE_PRECISION_HINT": precision(float16 and self.bfloat16)}
+        # OpenVINO's own treatment of 8-bit convolutions carries scales through normalizations as if these had no epsilon, which gives
+        # wrong pictures where features are small. Without it they run as floats of 8 bits' values, in bfloat16 as fast.
+        return {**self.options, "LP_TRANSFORMS_MODE": "NO", "INFERENCE_PRECISION_HINT": precision(self.bfloat16)}
+
+    def compile(self, graph: str) -> Any:
+        """A graph's CompiledModel. Raises BackendError where OpenVINO cannot load it."""
+        with self.lock:
+            if graph not in self.compiled:
+                path = self.manifest.path(f"{graph}.onnx")
+                try:
+                    self.compiled[graph] = self.core.compile_model(str(path), "CPU", self.options_of(graph))
+                except RuntimeError as error:
+                    raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {first_line(error)}") from error
+            return self.compiled[graph]
+
+    def close(self) -> None:
+        with self.lock:
+            self.idle.clear()
+            self.compiled.clear()
+
+
+class OpenVinoLane:
+    """Infer requests of one batch: made once, and given tensors that lie where they are read and written."""
+
+    records = False
+
+    def __init__(self, backend: OpenVinoBackend) -> None:
+        self.backend = backend
+        self.requests: dict[str, Any] = {}
+        self.modulation: dict[str, tuple[int, ...]] = {}
+
+    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        return list(program(arrays))
+
+    def upload(self, array: Array) -> Array:
+        return array
+
+    def download(self, tensor: Array) -> Array:
+        return tensor
+
+    def first_rows(self, tensor: Array, rows: int) -> Array:
+        return tensor[:rows]
+
+    def concatenate(self, tensors: Sequence[Array]) -> Array:
+        return np.concatenate(tensors, axis=1)
+
+    def request(self, graph: str) -> Any:
+        if graph not in self.requests:
+            self.requests[graph] = self.backend.compile(graph).create_infer_request()
+        return self.requests[graph]
+
+    def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
+        if not self.modulation:
+            outputs = self.backend.compile("condition").outputs
+            self.modulation = {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
+        return self.modulation
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
+        request = self.request(graph)
+        shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes())
+        outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        try:
+            for name, array in inputs.items():
+                request.set_tensor(name, tensor(array))
+            for name, array in outputs.items():
+                request.set_tensor(name, tensor(array))
+            request.infer()
+        except RuntimeError as error:
+            raise BackendError(f"{graph}.onnx: OpenVINO failed: {first_line(error)}") from error
+        return list(outputs.values())
+
+
+def precision(bfloat16: bool) -> str:
+    return "bf16" if bfloat16 else "f32"
+
+
+def tensor(array: Array) -> Any:
+    """OpenVINO's view of an array, without a copy; of nothing there is nothing to view."""
+    dtype = np.dtype(array.dtype.name)  # OpenVINO does not know `long long`, though it is int64 too
+    return ov.Tensor(np.asarray(array, order="C").view(dtype), shared_memory=True) if array.size else ov.Tensor(dtype, array.shape)
+
+
+def cache_folder(manifest: Manifest) -> Path | None:
+    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen == "":
+        return None
+    root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "enat")
+    folder = root / "openvino" / manifest.hash[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if chosen:
+            raise InputError(f"{root}: the cache folder ({CACHE_VARIABLE}) cannot be written: {error.strerror}") from error
+        warnings.warn(f"{folder}: cannot be written ({error.strerror}); graphs are compiled at every start", RuntimeWarning, stacklevel=4)
+        return None

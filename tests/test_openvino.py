@@ -1,0 +1,130 @@
+"""OpenVINO: the same pictures as ONNX Runtime, but for rounding."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import refused
+
+from enat import Pipeline
+from enat.errors import BackendError, InputError
+from enat.export.compare import compare
+from enat.export.convert import Precision, convert_engine
+from enat.runtime.cli import main
+from enat.runtime.pipeline import BUNDLED_ENGINE, Preview
+
+CLASSES = range(36)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENAT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Pipeline]:
+    with Pipeline.load(backend="onnxruntime") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def openvino(cache: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(backend="openvino") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def precisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("precisions")
+    for name in ("fp16", "int8"):
+        convert_engine(BUNDLED_ENGINE, folder / name, Precision(name))
+    return {name: folder / name for name in ("fp16", "int8")}
+
+
+def test_tokens_of_two_hundred_pictures(openvino: Pipeline, reference: Pipeline) -> None:
+    found, wanted = (pipe.generate_tokens(CLASSES, num=6, seed=0) for pipe in (openvino, reference))
+    assert len(found) == 216
+    assert (found == wanted).mean() >= 0.99
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_pictures(openvino: Pipeline, reference: Pipeline, steps: int, guidance: float) -> None:
+    found, wanted = (pipe.generate([1, 2, 3], seed=0, steps=steps, guidance=guidance).astype(int) for pipe in (openvino, reference))
+    assert (np.abs(found - wanted).max((1, 2, 3)) <= 1).sum() >= 2
+
+
+def test_batches_do_not_change_pictures(openvino: Pipeline) -> None:
+    one, five, all_at_once = (openvino.generate_tokens(CLASSES, seed=3, batch_size=size) for size in (1, 5, 36))
+    assert (one == five).all() and (one == all_at_once).all()
+
+
+@pytest.mark.parametrize(("name", "top1", "psnr"), [("fp16", 0.98, 50), ("int8", 0.97, 37)])
+def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name: str, top1: float, psnr: float) -> None:
+    """float16 engines compute in bfloat16 here; 8-bit ones hold what they are held to on ONNX Runtime."""
+    with Pipeline.load(precisions[name], "openvino") as engine:
+        found = compare(engine, reference, images=72, seed=31337)
+    assert found.top1 >= top1
+    assert found.psnr is not None and found.psnr >= psnr
+
+
+def test_encode_and_previews(openvino: Pipeline, reference: Pipeline) -> None:
+    pictures = reference.generate(CLASSES, seed=0)
+    assert (openvino.encode(pictures) == reference.encode(pictures)).mean() > 0.99
+    seen: list[tuple[int, ...]] = []
+
+    def watch(step: int, steps: int, preview: Preview) -> None:
+        seen.append(preview().shape)
+
+    openvino.generate([1, 2], seed=0, callback=watch)
+    assert seen == [(2, 64, 64, 3)] * 8
+
+
+def test_threads_share_a_pipeline(openvino: Pipeline) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: openvino.generate([seed], seed=seed), range(12)))
+    for seed, pictures in enumerate(found):
+        assert (pictures == openvino.generate([seed], seed=seed)).all()
+
+
+def test_compiled_graphs_are_kept(openvino: Pipeline, cache: Path) -> None:
+    openvino.generate([1], seed=0)
+    folder = cache / "openvino" / openvino.manifest.hash[:16]
+    assert len(list(folder.glob("*.blob"))) >= 5
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file"))
+    result = CliRunner().invoke(main, ["--class", "A", "--out", str(tmp_path / "a.png"), "--backend", "openvino"])
+    refused(result, "the cache folder (ENAT_CACHE) cannot be written")
+    monkeypatch.delenv("ENAT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="graphs are compiled at every start"):
+        Pipeline.load(backend="openvino").close()
+    monkeypatch.setenv("ENAT_CACHE", "")
+    with Pipeline.load(backend="openvino", threads=1) as pipeline:
+        assert pipeline.generate([1], seed=0).shape == (1, 64, 64, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, engine_copy: Path) -> None:
+    with pytest.raises(InputError, match="the backend openvino runs on cpu, got the device 'cuda:0'"):
+        Pipeline.load(backend="openvino", device="cuda:0")
+    with Pipeline.load(engine_copy, "openvino") as pipeline:
+        (engine_copy / "encoder.onnx").write_bytes(b"damaged")
+        with pytest.raises(BackendError, match=r"encoder\.onnx: OpenVINO .* cannot load it"):
+            pipeline.generate([1], seed=0)
+    monkeypatch.delitem(sys.modules, "enat.runtime.backends.openvino_cpu")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"pip install 'enat\[openvino\]'"):
+        Pipeline.load(backend="openvino")
