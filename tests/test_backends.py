@@ -25,7 +25,7 @@ from enat.runtime.manifest import read_manifest
 
 def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) -> None:
     for options, message in (
-        ({"backend": "none"}, "unknown backend 'none'; expected auto or one of onnxruntime, onnxruntime-tensorrt, tensorrt"),
+        ({"backend": "none"}, "unknown backend 'none'; expected auto or one of onnxruntime, openvino, onnxruntime-tensorrt, tensorrt"),
         ({"device": "tpu"}, "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
         ({"backend": "tensorrt"}, "the backend tensorrt runs on cuda, got the device 'cpu'"),
         ({"threads": 0}, "expected 1 or more threads, got 0"),

@@ -109,9 +109,8 @@ def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads:
     try:
         backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
     except ImportError as error:
-        raise BackendError(
-            f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{EXTRAS.get(name, EXTRAS[kind])}]'"
-        ) from error
+        extra = EXTRAS.get(name, EXTRAS[kind])
+        raise BackendError(f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{extra}]'") from error
     return backend
 
 
