@@ -22,7 +22,7 @@ test: .venv/test/ready .venv/demo/ready .venv/triton/ready
 	.venv/test/bin/ruff format --check .
 	cd tests && ../.venv/test/bin/mypy --config-file ../pyproject.toml -p enat
 	.venv/test/bin/python -m pytest
-	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt.py
+	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt_builds.py
 	.venv/demo/bin/python tests/without_torch.py
 
 # What takes long: statistics over thousands of pictures, printed too; servers at full load.

@@ -1,0 +1,227 @@
+"""TensorRT without a GPU: graphs that it takes, and profiles that cover the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from host_device import HostBackend, HostDevice, HostLane
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorrt_operators import objections
+
+from enat import Pipeline
+from enat.calibration.calibrate import Settings
+from enat.errors import InputError
+from enat.export.convert import Precision, convert_engine
+from enat.export.profiles import TOPK_LIMIT, graph_profiles
+from enat.export.tensorrt_graphs import prepare
+from enat.runtime.backends.device import output_shapes
+from enat.runtime.builds import covering_profile
+from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
+from enat.runtime.schedule import schedule
+
+GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_encoder")
+PRECISIONS = {"fp16": Precision("fp16"), "int8": Precision("int8"), "int8-fp16": Precision("int8", "fp16")}
+
+
+@pytest.fixture(scope="module")
+def precisions(engines: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An engine in every precision."""
+    folder = tmp_path_factory.mktemp("precisions")
+    few = Settings(images=10, float_layers=())
+    for name, precision in PRECISIONS.items():
+        convert_engine(engines("tiny"), folder / name, precision, few if precision.name == "int8" else None)
+    return {"fp32": engines("tiny"), "odd": engines("odd"), **{name: folder / name for name in PRECISIONS}}
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("name", ["fp32", "odd", *PRECISIONS])
+def test_tensorrt_takes_every_graph(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    manifest = read_manifest(precisions[name])
+    for graph in GRAPHS:
+        path = prepare(manifest, graph, tmp_path / "graphs")
+        assert objections(onnx.load(path)) == [], graph
+    assert (tmp_path / "graphs").exists() == name.startswith("int8")
+
+
+def test_tensorrt_takes_the_bundled_engine() -> None:
+    for path in BUNDLED_ENGINE.glob("*.onnx"):
+        assert objections(onnx.load(path)) == [], path.name
+
+
+def test_the_table_objects(precisions: dict[str, Path]) -> None:
+    """The check itself: int8 graphs as they are for CPUs do not pass, nor does an operator that TensorRT lacks."""
+    found = objections(onnx.load(precisions["int8"] / "encoder.onnx"))
+    assert any("the zero point is 0" in line for line in found) and any("UINT8 inside" in line for line in found)
+    text = '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (int64[m, n] y) { y = NonZero(x) }'
+    assert objections(onnx.parser.parse_model(text)) == ["NonZero y: no such operator"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fp16"])
+def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A whole run on graphs as TensorRT gets them, every node computed as it is written: nothing differs."""
+    manifest = read_manifest(precisions[name])
+    signed = Path(shutil.copytree(precisions[name], tmp_path / "signed"))
+    for graph in GRAPHS:
+        path = prepare(manifest, graph, tmp_path / "graphs")
+        if path.parent != manifest.folder:
+            shutil.copy(path, signed / path.name)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = []
+    for folder in (precisions[name], signed):
+        backend = HostBackend(dataclasses.replace(manifest, folder=folder), options=options)
+        with Pipeline(manifest, backend) as pipeline:
+            found.append((pipeline.generate_tokens([1, 2, 3], seed=0), pipeline.generate([1, 2, 3], seed=0)))
+    for one, other in zip(*found, strict=True):
+        assert (one == other).all()
+
+
+# Profiles
+
+
+def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    graph = onnx.load(manifest.path("condition.onnx")).graph
+    return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
+
+
+@pytest.fixture(scope="module")
+def manifest(engines: Callable[[str], Path]) -> Manifest:
+    return read_manifest(engines("tiny"))
+
+
+def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
+    length = manifest.model.length
+    profiles = graph_profiles(manifest, [8], (1, 4, 16), modulation(manifest))
+    steps = schedule(length, 8, 1, 1, 1)
+    assert {name: len(own) for name, own in profiles.items()} == {
+        "condition": 1,
+        "encoder": 8,
+        "decoder": 9,
+        "sampler": 9,
+        "image_decoder": 1,
+        "image_encoder": 1,
+    }
+    first, *later, general = profiles["decoder"]
+    assert first["features"] == ((1, 0, 48), (4, 0, 48), (16, 0, 48))  # no guidance at step 0
+    for step, one in zip(steps[1:], later, strict=True):
+        assert one["positions"] == ((1, step.masked), (4, step.masked), (16, step.masked))
+        assert one["features"] == ((1, step.visible, 48), (8, step.visible, 48), (32, step.visible, 48))
+    for step, one in zip(steps[1:], profiles["encoder"]):
+        assert [shape[1] for shape in one["tokens"]] == [step.new] * 3
+        assert [shape[1] for shape in one["features"]] == [step.seen] * 3
+    for step, one in zip(steps, profiles["sampler"]):
+        assert one["keep"] == ((step.keep,),) * 3
+    assert general["features"][0][1] == 0 and general["features"][2] == (32, length, 48)
+
+
+def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
+    both = graph_profiles(manifest, [4, 8, 8], (1, 1, 4), modulation(manifest))
+    separate = [graph_profiles(manifest, [number], (1, 1, 4), modulation(manifest)) for number in (4, 8)]
+    for graph, own in both.items():
+        assert len(own) == len({json.dumps(one) for one in own})
+        for others in separate:
+            assert all(one in own for one in others[graph])
+
+
+@given(steps=st.integers(1, 64), batch=st.integers(1, 6), guidance=st.sampled_from([0.0, 2.5]))
+@settings(max_examples=25, deadline=None)
+def test_profiles_cover_whatever_the_loop_asks(engines: Callable[[str], Path], steps: int, batch: int, guidance: float) -> None:
+    """Every call of a real run lies within a profile: of its own step where steps were named, else within the general one."""
+    manifest = read_manifest(engines("tiny"))
+    exact = graph_profiles(manifest, [steps], (1, 2, 6), modulation(manifest))
+    general = {graph: own[-1:] for graph, own in graph_profiles(manifest, [], (1, 2, 6), modulation(manifest)).items()}
+    for graph, shapes in calls(manifest, steps, batch, guidance):
+        found = covering_profile(exact[graph], shapes)
+        assert found is not None
+        if graph in ("encoder", "decoder", "sampler"):
+            assert found < len(exact[graph]) - 1, f"{graph} {shapes} has no profile of its own"
+        assert covering_profile(general[graph], shapes) == 0
+
+
+def calls(manifest: Manifest, steps: int, batch: int, guidance: float) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+    result = []
+
+    class Listening(HostLane):
+        def run(self, graph: str, inputs: Mapping[str, Any]) -> Any:
+            values = {name: (int(one),) if isinstance(one, np.ndarray) else one.shape for name, one in inputs.items()}
+            result.append((graph, values))
+            return super().run(graph, inputs)
+
+    backend = HostBackend(manifest)
+    backend.lanes.make = lambda: Listening(manifest, HostDevice(), backend.sessions, "cpu")
+    with Pipeline(manifest, backend) as pipeline:
+        pipeline.generate(list(range(batch)), seed=0, steps=steps, guidance=guidance, batch_size=batch)
+    return result
+
+
+@pytest.mark.parametrize("name", ["fp32", "odd", "fp16", "int8"])
+def test_profiles_shapes(precisions: dict[str, Path], name: str) -> None:
+    """The least, best and largest shapes of every profile: ONNX's shape inference agrees with them, and so does a run."""
+    manifest = read_manifest(precisions[name])
+    profiles = graph_profiles(manifest, [2, 8], (1, 2, 4), modulation(manifest))
+    for graph, own in profiles.items():
+        original = onnx.load(manifest.path(f"{graph}.onnx"))
+        session = ort.InferenceSession(original.SerializeToString(), providers=["CPUExecutionProvider"])
+        for one in own:
+            for which in range(3):
+                shapes = {name: shapes[which] for name, shapes in one.items()}
+                inputs = arrays(session, shapes)
+                wanted = output_shapes(manifest, graph, inputs, modulation(manifest))
+                found = session.run(None, inputs)
+                assert [(value.shape, value.dtype) for value in found] == [(shape, np.dtype(dtype)) for shape, dtype in wanted.values()]
+                for port, (shape, _) in zip(inferred(original, shapes).output, wanted.values(), strict=True):
+                    known = [dim.dim_value if dim.HasField("dim_value") else None for dim in port.type.tensor_type.shape.dim]
+                    assert all(size in (None, right) for size, right in zip(known, shape, strict=True)), (graph, shapes, port.name)
+
+
+def arrays(session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Inputs of these shapes: every position once, else zeros and halves. `keep` is what its shape says."""
+    result = {}
+    for port in session.get_inputs():
+        dtype = {"tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(port.type, np.float32)
+        shape = shapes.get(port.name, ())
+        if port.name == "keep":
+            result[port.name] = np.array(shape[0], np.int64)
+        elif port.name == "positions":
+            result[port.name] = np.tile(np.arange(shape[1]), (shape[0], 1))
+        else:
+            result[port.name] = np.full(shape, 0.5, dtype)
+    return result
+
+
+def inferred(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+    """What follows from these shapes of a graph's inputs. Its own dimensions must agree with them."""
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    del changed.graph.value_info[:]
+    for port in changed.graph.input:
+        if port.name in shapes and port.name != "keep":
+            for dim, size in zip(port.type.tensor_type.shape.dim, shapes[port.name], strict=True):
+                assert not dim.dim_value or dim.dim_value == size, port.name
+                dim.dim_value = size
+    for port in changed.graph.output:
+        for dim in port.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    return onnx.shape_inference.infer_shapes(changed, strict_mode=True, data_prop=True).graph
+
+
+def test_what_profiles_refuse(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="expected 1 to 64 steps, got 65"):
+        graph_profiles(manifest, [65], (1, 1, 1), modulation(manifest))
+    with pytest.raises(InputError, match="1 ≤ least ≤ best ≤ most, got 1, 8, 4"):
+        graph_profiles(manifest, [8], (1, 8, 4), modulation(manifest))
+    large = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, grid=62))
+    with pytest.raises(InputError, match=f"3844 tokens an image; TensorRT sorts at most {TOPK_LIMIT}"):
+        graph_profiles(large, [8], (1, 1, 1), modulation(manifest))
