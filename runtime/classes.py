@@ -21,7 +21,7 @@ def class_index(model: ModelInfo, wanted: int | str) -> int:
         if found:
             raise InputError(f"class {wanted!r} is ambiguous: numbers {', '.join(map(str, found))} are called so; give the number")
         digits = wanted.removeprefix("#")
-        if not (digits.isascii() and digits.isdigit()):
+        if not is_number(digits):
             raise InputError(f"unknown class {wanted!r}{suggestion(model, wanted)}; --list-classes shows them all")
         wanted = int(digits)
     if not 0 <= wanted < model.num_classes:
@@ -65,4 +65,8 @@ def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
 
 
 def is_class(model: ModelInfo, word: str) -> bool:
-    return bool(by_name(model, word)) or word.removeprefix("#").isdigit()
+    return bool(by_name(model, word)) or is_number(word.removeprefix("#"))
+
+
+def is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()

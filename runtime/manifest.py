@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -95,7 +96,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         raise EngineError(f"{folder}: not an engine directory: {found}")
     try:
         data = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or brackets without end
         raise EngineError(f"{file}: not valid JSON ({error})") from error
     reader = Reader(file)
     reader.expect(isinstance(data, dict), "the manifest", data, "an object")
@@ -203,7 +204,7 @@ class Reader:
 
     def number(self, data: dict[str, Any], key: str) -> float:
         value = data.get(key)
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
         self.expect(valid, key, value, "a number of 0 or more")
         assert isinstance(value, int | float)
         return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists; --force replaces it")
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{options.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    # Beside the repository, where a server that polls it does not look.
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
     try:
         for name, config in models.items():
             version = partial / name / "1"

@@ -44,6 +44,7 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["model"].update(class_names=["a"]), "class_names"),
         (lambda data: data["sampling"].update(steps=65), "steps is 65"),
         (lambda data: data["sampling"].update(cfg_scale=-1), "cfg_scale is -1"),
+        (lambda data: data["sampling"].update(cfg_scale=10**400), "expected a number of 0 or more"),
         (lambda data: data.update(float_type="bfloat16"), "float_type"),
         (lambda data: data["files"].pop("sampler.onnx"), "sampler.onnx"),
         (lambda data: data["files"]["sampler.onnx"].update(size=1), "expected 1"),
@@ -130,3 +131,9 @@ def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataO
         assert "\n" not in str(error)
     finally:
         file.write_text(original)
+
+
+def test_brackets_without_end(engine_copy: Path) -> None:
+    (engine_copy / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(EngineError, match=r"manifest\.json: not valid JSON"):
+        read_manifest(engine_copy)

@@ -398,8 +398,8 @@ def test_a_reload_under_load_loses_nothing(server: Server, grpc: Client, pipe: P
 
 
 def test_the_page_s_client(server: Server, pipe: Pipeline) -> None:
-    """The sample of docs/TRITON.md as it is printed: under twenty lines, and what it gets."""
-    page = (Path(__file__).parent.parent / "docs" / "TRITON.md").read_text()
+    """The sample of docs/EMBEDDING.md as it is printed: under twenty lines, and what it gets."""
+    page = (Path(__file__).parent.parent / "docs" / "EMBEDDING.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     assert code.count("\n") < 20
     found: dict[str, Any] = {}

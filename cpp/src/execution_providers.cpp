@@ -1,0 +1,121 @@
+#include "execution_providers.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "graphs.hpp"
+#include "int8_probe.hpp"
+#include "messages.hpp"
+
+namespace enat {
+
+namespace {
+
+constexpr std::int64_t safe_weight_bits = 7;
+
+using Pairs = std::vector<std::pair<std::string, std::string>>;
+
+/// Whether this machine's kernels for unsigned times signed 8-bit numbers lose sums beyond 16 bits: tried, not looked up. The probe is
+/// that of the Python runtime: a product of ones, whose sums are exact where nothing is lost.
+bool int8_saturates(Ort::Env& env) {
+    static const bool saturates = [&env] {
+        Ort::SessionOptions options;
+        options.SetIntraOpNumThreads(1);
+        Ort::Session session(env, int8_probe, sizeof int8_probe, options);
+        Ort::AllocatorWithDefaultOptions allocator;
+        const auto input_name = session.GetInputNameAllocated(0, allocator), output_name = session.GetOutputNameAllocated(0, allocator);
+        const Shape shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
+        const auto size = static_cast<std::size_t>(shape.at(0) * shape.at(1));
+        const Ort::Value input = tensor(shape, std::vector<float>(size, 127.0f));
+        const char *inputs[] = {input_name.get()}, *outputs[] = {output_name.get()};
+        const auto result = session.Run(Ort::RunOptions{nullptr}, inputs, &input, 1, outputs, 1);
+        const float* sums = result[0].GetTensorData<float>();
+        const float exact = static_cast<float>(shape[1]) * 127 * 127;
+        return std::any_of(sums, sums + result[0].GetTensorTypeAndShapeInfo().GetElementCount(), [&](float sum) { return sum != exact; });
+    }();
+    return saturates;
+}
+
+/// Calls an `Update…ProviderOptions` of ONNX Runtime.
+template <typename Update, typename Handle>
+void update(Update function, Handle* handle, const Pairs& pairs) {
+    std::vector<const char*> keys, values;
+    for (const auto& [key, value] : pairs) {
+        keys.push_back(key.c_str());
+        values.push_back(value.c_str());
+    }
+    Ort::ThrowOnError(function(handle, keys.data(), values.data(), keys.size()));
+}
+
+void append_cuda(Ort::SessionOptions& session, int index) {
+    const OrtApi& api = Ort::GetApi();
+    OrtCUDAProviderOptionsV2* created = nullptr;
+    Ort::ThrowOnError(api.CreateCUDAProviderOptions(&created));
+    const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> cuda(created, api.ReleaseCUDAProviderOptions);
+    // TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
+    update(api.UpdateCUDAProviderOptions, cuda.get(), {{"device_id", std::to_string(index)}, {"use_tf32", "0"}});
+    session.AppendExecutionProvider_CUDA_V2(*cuda);
+}
+
+void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& manifest) {
+    const OrtApi& api = Ort::GetApi();
+    OrtTensorRTProviderOptionsV2* created = nullptr;
+    Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&created));
+    const std::unique_ptr<OrtTensorRTProviderOptionsV2, decltype(api.ReleaseTensorRTProviderOptions)> tensorrt(
+        created, api.ReleaseTensorRTProviderOptions);
+    const std::string folder = (manifest.folder / "tensorrt" / "onnxruntime").string();  // where the Python runtime keeps them
+    update(api.UpdateTensorRTProviderOptions, tensorrt.get(),
+           {{"device_id", std::to_string(index)},
+            {"trt_fp16_enable", manifest.float_type == "float16" ? "1" : "0"},
+            {"trt_engine_cache_enable", "1"},
+            {"trt_engine_cache_path", folder},
+            {"trt_timing_cache_enable", "1"},
+            {"trt_timing_cache_path", folder}});
+    session.AppendExecutionProvider_TensorRT_V2(*tensorrt);
+}
+
+}  // namespace
+
+Device parse_device(const std::string& text) {
+    if (text == "cpu") return {};
+    if (text == "cuda") return {true, 0};
+    const std::string digits = text.rfind("cuda:", 0) == 0 ? text.substr(5) : "";
+    if (digits.empty() || digits.size() > 4 || digits.find_first_not_of("0123456789") != std::string::npos) {
+        throw InputError("unknown device '" + one_line(text, 80) + "'; expected cpu, cuda or cuda:N");
+    }
+    return {true, std::stoi(digits)};
+}
+
+Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options) {
+    const Device device = parse_device(options.device);
+    const std::string provider = options.provider.empty() ? (device.cuda ? "cuda" : "cpu") : options.provider;
+    if (provider != "cpu" && provider != "cuda" && provider != "tensorrt") {
+        throw InputError("unknown provider '" + one_line(provider, 80) + "'; expected cpu, cuda or tensorrt");
+    }
+    if ((provider == "cpu") == device.cuda) {
+        throw InputError("the provider " + provider + " runs on " + (device.cuda ? "cpu" : "cuda:N") + ", got the device " +
+                         options.device);
+    }
+    if (options.threads < 0) throw InputError("expected 1 or more threads, or 0 for all cores, got " + std::to_string(options.threads));
+    try {
+        Ort::SessionOptions session;
+        session.SetIntraOpNumThreads(options.threads);
+        session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
+        // Every session has threads of its own. Those of the last graph must not spin while the next one runs.
+        session.AddConfigEntry("session.force_spinning_stop", "1");
+        if (provider == "tensorrt") append_tensorrt(session, device.index, manifest);
+        if (provider != "cpu") append_cuda(session, device.index);
+        if (provider == "cpu" && manifest.precision == "int8" && manifest.weight_bits > safe_weight_bits && int8_saturates(env)) {
+            session.AddConfigEntry("session.x64quantprecision", "1");  // slower kernels, but right ones
+        }
+        return session;
+    } catch (const Ort::Exception& error) {
+        throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " cannot use " + options.device + " (" +
+                           provider + "): " + first_line(error.what()));
+    }
+}
+
+}  // namespace enat

@@ -1,0 +1,113 @@
+#include "loop.hpp"
+
+#include <utility>
+
+#include "noise.hpp"
+
+namespace enat {
+
+namespace {
+
+/// 0 … length−1 for every image: [batch, length].
+Ort::Value all_positions(std::int64_t batch, std::int64_t length) {
+    std::vector<std::int64_t> positions(static_cast<std::size_t>(batch * length));
+    for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int64_t>(i) % length;
+    return tensor({batch, length}, positions);
+}
+
+/// Sets row by row target[positions[i]] = value(i), for `count` positions a row of `length`. What a graph gives as a position may be none.
+template <typename T, typename Value>
+void scatter(std::vector<T>& target, std::int64_t length, const std::int64_t* positions, std::int64_t count, Value value) {
+    const std::int64_t batch = static_cast<std::int64_t>(target.size()) / length;
+    for (std::int64_t i = 0; i < batch * count; ++i) {
+        if (positions[i] < 0 || positions[i] >= length) {
+            throw EngineError("sampler.onnx: it gave the position " + std::to_string(positions[i]) + ", expected 0 to " +
+                              std::to_string(length - 1));
+        }
+        target[static_cast<std::size_t>(i / count * length + positions[i])] = value(i);
+    }
+}
+
+}  // namespace
+
+std::vector<std::int64_t> sample(const Graphs& graphs, const Model& model, const std::vector<std::int64_t>& labels,
+                                 const std::vector<std::uint64_t>& seeds, const std::vector<Step>& steps, const OnStep& on_step) {
+    const auto batch = static_cast<std::int64_t>(labels.size());
+    const std::int64_t length = model.length();
+    bool guided = false;
+    for (const Step& step : steps) guided = guided || step.guidance > 0;
+    const std::int64_t rows = guided ? 2 * batch : batch;
+
+    std::vector<std::int64_t> network_labels = labels;
+    network_labels.resize(static_cast<std::size_t>(rows), model.num_classes);  // the unconditional rows: the null label
+    const Ort::Value label_tensor = tensor({rows}, network_labels);
+    std::vector<Ort::Value> modulation = graphs.run(Graph::condition, {&label_tensor});
+    for (std::size_t output = 0; output < modulation.size(); ++output) {
+        Shape shape = modulation[output].GetTensorTypeAndShapeInfo().GetShape();  // opaque beyond the first axis
+        if (shape.empty()) shape.push_back(0);
+        shape[0] = rows;
+        graphs.check(Graph::condition, output, modulation[output], shape);
+    }
+    Ort::Value &encoder_modulation = modulation[0], &decoder_modulation = modulation[1];
+    // Step 0 has no guidance and nothing is visible: it needs no unconditional rows.
+    const Ort::Value first_modulation = first_rows(decoder_modulation, batch);
+    Ort::Value features = empty_tensor({batch, 0, model.dim}, graphs.float_type());
+    Ort::Value positions = all_positions(batch, length);       // of the masked tokens, [batch, masked]
+    Ort::Value step_tokens{nullptr}, step_positions{nullptr};  // revealed by the step before, [batch, new]
+    std::vector<std::int64_t> tokens(static_cast<std::size_t>(batch * length));
+
+    for (const Step& step : steps) {
+        if (step.index > 0) {
+            if (step.index == 1) features = empty_tensor({rows, 0, model.dim}, graphs.float_type());
+            features = std::move(graphs.run(Graph::encoder, {&step_tokens, &step_positions, &features, &encoder_modulation})[0]);
+        }
+        const Ort::Value& step_modulation = step.index == 0 ? first_modulation : decoder_modulation;
+        const std::vector<Ort::Value> logits = graphs.run(Graph::decoder, {&positions, &features, &step_modulation});
+
+        const Noise noise = step_noise(seeds, step.index, length);
+        const Ort::Value choice_noise = tensor({batch, length}, noise.choice), confidence_noise = tensor({batch, length}, noise.confidence);
+        const Ort::Value guidance = scalar(static_cast<float>(step.guidance));
+        const Ort::Value sampling_temperature = scalar(static_cast<float>(step.sampling_temperature));
+        const Ort::Value mask_temperature = scalar(static_cast<float>(step.mask_temperature));
+        const Ort::Value keep = scalar(step.keep);
+        std::vector<Ort::Value> chosen = graphs.run(Graph::sampler, {&logits[0], &positions, &choice_noise, &confidence_noise, &guidance,
+                                                                     &sampling_temperature, &mask_temperature, &keep});
+        const std::int64_t revealed = step.masked - step.keep;
+        const auto* new_tokens = graphs.values<std::int64_t>(Graph::sampler, 1, chosen[1], {batch, revealed});
+        const auto* new_positions = graphs.values<std::int64_t>(Graph::sampler, 2, chosen[2], {batch, revealed});
+        const auto* still_masked = graphs.values<std::int64_t>(Graph::sampler, 3, chosen[3], {batch, step.keep});
+        scatter(tokens, length, new_positions, revealed, [&](std::int64_t i) { return new_tokens[i]; });
+        if (on_step) {
+            // The step's choice for all that was masked, over what is revealed.
+            const auto* choice = graphs.values<std::int64_t>(Graph::sampler, 0, chosen[0], {batch, step.masked});
+            std::vector<std::int64_t> all_tokens = tokens;
+            scatter(all_tokens, length, positions.GetTensorData<std::int64_t>(), step.masked, [&](std::int64_t i) { return choice[i]; });
+            std::vector<std::uint8_t> masked(tokens.size());
+            scatter(masked, length, still_masked, step.keep, [](std::int64_t) { return std::uint8_t{1}; });
+            on_step(step, all_tokens, masked);
+        }
+        step_tokens = std::move(chosen[1]);
+        step_positions = std::move(chosen[2]);
+        positions = std::move(chosen[3]);
+    }
+    return tokens;
+}
+
+Images decode(const Graphs& graphs, const Model& model, const std::vector<std::int64_t>& tokens) {
+    const std::int64_t batch = static_cast<std::int64_t>(tokens.size()) / model.length();
+    const Ort::Value token_tensor = tensor({batch, model.length()}, tokens), positions = all_positions(batch, model.length());
+    const std::vector<Ort::Value> outputs = graphs.run(Graph::image_decoder, {&token_tensor, &positions});
+    const auto* pixels = graphs.values<std::uint8_t>(Graph::image_decoder, 0, outputs[0], {batch, -1, -1, 3});
+    const Shape shape = outputs[0].GetTensorTypeAndShapeInfo().GetShape();
+    Images images;
+    images.count = static_cast<std::size_t>(batch);
+    images.height = static_cast<std::size_t>(shape[1]);
+    images.width = static_cast<std::size_t>(shape[2]);
+    images.pixels.assign(pixels, pixels + images.count * images.height * images.width * 3);
+    images.tokens.count = images.count;
+    images.tokens.grid = static_cast<std::size_t>(model.grid);
+    images.tokens.values = tokens;
+    return images;
+}
+
+}  // namespace enat

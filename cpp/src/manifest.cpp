@@ -1,0 +1,243 @@
+#include "manifest.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <sstream>
+#include <vector>
+
+#include "messages.hpp"
+#include "sha256.hpp"
+
+namespace enat {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+namespace {
+
+constexpr std::int64_t newest_version = 1;
+constexpr std::uint64_t hashed_at_load = 64ull << 20;  // bytes; larger files are checked by size alone unless verification is asked for
+constexpr std::int64_t largest_grid = 4096;            // grid² must be a number that memory can hold, and a counter word of the noise
+constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();
+
+/// A value in a message. Arrays and objects are not spelled out: they may be nested deeper than a recursion can go.
+std::string found(const Json* value) {
+    if (value == nullptr) return "missing";
+    if (value->is_object()) return value->empty() ? "an empty object" : "an object";
+    if (value->is_array()) return "an array of " + std::to_string(value->size());
+    const std::string text = value->dump(-1, ' ', /*ensure_ascii=*/true);
+    return text.size() < 80 ? text : text.substr(0, 77) + "…";
+}
+
+/// Typed access to parsed JSON; every refusal names the file, the key, what was found and what was expected.
+class Reader {
+public:
+    explicit Reader(fs::path file) : file_(std::move(file)) {}
+
+    [[noreturn]] void refuse(const std::string& key, const std::string& is, const std::string& expected) const {
+        throw EngineError(shown(file_) + ": " + one_line(key) + " is " + is + ", expected " + expected);
+    }
+
+    const Json* get(const Json& data, const char* key) const {
+        const auto entry = data.find(key);
+        return entry == data.end() ? nullptr : &*entry;
+    }
+
+    const Json& section(const Json& data, const char* key) const {
+        const Json* value = get(data, key);
+        if (value == nullptr || !value->is_object()) refuse(key, found(value), "an object");
+        return *value;
+    }
+
+    std::int64_t integer(const Json& data, const char* key, std::int64_t least, std::int64_t most, const std::string& where = "") const {
+        const Json* value = get(data, key);
+        const auto number = value == nullptr ? std::nullopt : whole(*value);
+        if (!number || *number < least || *number > most) {
+            const std::string range =
+                most < largest ? std::to_string(least) + " to " + std::to_string(most) : "at least " + std::to_string(least);
+            refuse(where + key, found(value), "an integer of " + range);
+        }
+        return *number;
+    }
+
+    double number(const Json& data, const char* key) const {
+        const Json* value = get(data, key);
+        // NaN and infinity are no JSON, and what exceeds float64 is refused by the parser.
+        if (value == nullptr || !value->is_number() || value->get<double>() < 0) refuse(key, found(value), "a number of 0 or more");
+        return value->get<double>();
+    }
+
+    std::string text(const Json& data, const char* key, const std::string& where = "") const {
+        const Json* value = get(data, key);
+        if (value == nullptr || !value->is_string()) refuse(where + key, found(value), "a string");
+        return value->get<std::string>();
+    }
+
+private:
+    /// An integer that int64 holds; true and 1.0 are none.
+    static std::optional<std::int64_t> whole(const Json& value) {
+        if (!value.is_number_integer()) return std::nullopt;
+        if (value.is_number_unsigned() &&
+            value.get<std::uint64_t>() > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
+            return std::nullopt;
+        }
+        return value.get<std::int64_t>();
+    }
+
+    fs::path file_;
+};
+
+Json parse(const fs::path& file) {
+    std::ifstream stream(file, std::ios::binary);
+    std::ostringstream text;
+    text << stream.rdbuf();
+    if (!stream) throw EngineError(shown(file) + ": cannot be read");
+    try {
+        return Json::parse(text.str());
+    } catch (const Json::exception& error) {
+        const std::string reason = error.what();  // "[json.exception.parse_error.101] parse error at …"
+        const auto start = reason.find("] ");
+        throw EngineError(shown(file) + ": not valid JSON (" + one_line(reason.substr(start == std::string::npos ? 0 : start + 2), 200) +
+                          ")");
+    }
+}
+
+Model read_model(const Reader& reader, const Json& data) {
+    Model model;
+    model.grid = reader.integer(data, "grid", 1, largest_grid);
+    model.dim = reader.integer(data, "dim", 1, largest);
+    model.heads = reader.integer(data, "heads", 1, largest);
+    model.encoder_depth = reader.integer(data, "encoder_depth", 1, largest);
+    model.decoder_depth = reader.integer(data, "decoder_depth", 1, largest);
+    model.codes = reader.integer(data, "codes", 1, largest);
+    model.num_classes = reader.integer(data, "num_classes", 1, largest);
+    const Json* size = reader.get(data, "image_size");
+    if (size != nullptr && !size->is_null()) model.image_size = reader.integer(data, "image_size", 1, largest);
+    const Json* names = reader.get(data, "class_names");
+    if (names != nullptr && !names->is_null()) {
+        const std::string expected = std::to_string(model.num_classes) + " strings or null";
+        if (!names->is_array() || names->size() != static_cast<std::size_t>(model.num_classes)) {
+            reader.refuse("model.class_names", found(names), expected);
+        }
+        for (const Json& name : *names) {
+            if (!name.is_string()) reader.refuse("model.class_names", found(names) + " with " + found(&name), expected);
+            model.class_names.push_back(name.get<std::string>());
+        }
+    }
+    return model;
+}
+
+/// Whether a name, split at '/', stays where it starts.
+bool stays_inside(const std::string& name) {
+    if (name.front() == '/' || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos) return false;
+    std::istringstream parts(name);
+    bool named = false;
+    for (std::string part; std::getline(parts, part, '/');) {
+        if (part == "..") return false;
+        named = named || (!part.empty() && part != ".");
+    }
+    return named;
+}
+
+bool lies_in(const fs::path& path, const fs::path& folder) {
+    const fs::path inner = fs::canonical(path), outer = fs::canonical(folder);
+    return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
+/// Throws EngineError unless the file lies inside the directory with the size and hash of its entry.
+void check_file(const Reader& reader, const fs::path& folder, const std::string& name, const Json& entry, bool verify) {
+    const std::string where = "files[" + Json(name).dump(-1, ' ', true) + "]";
+    if (name.empty() || !stays_inside(name)) reader.refuse(where, "listed", "a path inside the engine directory");
+    if (!entry.is_object()) reader.refuse(where, found(&entry), "an object with size and sha256");
+    const std::int64_t size = reader.integer(entry, "size", 0, std::numeric_limits<std::int64_t>::max(), where + " ");
+    const std::string digest = reader.text(entry, "sha256", where + " ");
+    const fs::path path = folder / name;
+    std::error_code error;  // also a name that no file can have
+    if (!fs::is_regular_file(path, error)) {
+        throw EngineError(shown(path) + ": missing; the manifest lists it with " + std::to_string(size) + " bytes");
+    }
+    if (!lies_in(path, folder)) throw EngineError(shown(path) + ": leads out of the engine directory, to " + shown(fs::canonical(path)));
+    const auto actual_size = fs::file_size(path);
+    if (actual_size != static_cast<std::uint64_t>(size)) {
+        throw EngineError(shown(path) + ": " + std::to_string(actual_size) + " bytes, expected " + std::to_string(size) +
+                          ": the file is truncated or from another engine");
+    }
+    if (!verify && actual_size > hashed_at_load) return;
+    if (const std::string actual = sha256(path); actual != digest) {
+        throw EngineError(shown(path) + ": sha256 " + actual.substr(0, 16) + "…, expected " + one_line(digest, 16) +
+                          ": the file was altered or is from another engine");
+    }
+}
+
+Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
+    const Json data = parse(file);
+    const Reader reader(file);
+    if (!data.is_object()) reader.refuse("the manifest", found(&data), "an object");
+    const Json* format = reader.get(data, "format");
+    if (format == nullptr || *format != "enat-engine") reader.refuse("format", found(format), "\"enat-engine\"");
+    const std::int64_t version = reader.integer(data, "version", 1, std::numeric_limits<std::int64_t>::max());
+    if (version > newest_version) {
+        throw EngineError(shown(file) + ": format version " + std::to_string(version) + " is newer than this library reads (up to " +
+                          std::to_string(newest_version) + "); update enat");
+    }
+    Manifest manifest;
+    manifest.folder = folder;
+    manifest.model = read_model(reader, reader.section(data, "model"));
+    const Json& sampling = reader.section(data, "sampling");
+    manifest.sampling = {reader.integer(sampling, "steps", 1, manifest.model.length()), reader.number(sampling, "cfg_scale"),
+                         reader.number(sampling, "mask_temp"), reader.number(sampling, "samp_temp")};
+    manifest.precision = reader.text(data, "precision");
+    manifest.float_type = reader.text(data, "float_type");
+    if (manifest.float_type != "float32" && manifest.float_type != "float16") {
+        reader.refuse("float_type", found(reader.get(data, "float_type")), "float32 or float16");
+    }
+    if (data.contains("source")) reader.section(data, "source");
+    if (data.contains("calibration")) {
+        const Json& calibration = reader.section(data, "calibration");
+        if (calibration.contains("weight_bits")) manifest.weight_bits = reader.integer(calibration, "weight_bits", 1, largest);
+    }
+    if (const Json* builds = reader.get(data, "builds"); builds != nullptr && !builds->is_array()) {
+        reader.refuse("builds", found(builds), "an array");
+    }
+    const Json& files = reader.section(data, "files");
+    for (const char* name : {"condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx"}) {
+        if (!files.contains(name)) reader.refuse("files", "a list of " + std::to_string(files.size()), std::string(name) + " among them");
+    }
+    for (const auto& [name, entry] : files.items()) {
+        check_file(reader, folder, name, entry, verify);
+        manifest.files.insert(name);
+    }
+    return manifest;
+}
+
+}  // namespace
+
+void Manifest::require_images() const {
+    if (!has("image_decoder.onnx")) {
+        throw EngineError(shown(folder) +
+                          ": this engine has no image decoder and gives tokens only; ask for tokens, or export it again with its tokenizer "
+                          "(--vqgan)");
+    }
+}
+
+Manifest read_manifest(const fs::path& folder, bool verify) {
+    const fs::path file = folder / "manifest.json";
+    std::error_code error;
+    if (!fs::is_regular_file(file, error)) {
+        const std::string found = !fs::exists(folder, error)        ? "no such directory"
+                                  : fs::is_directory(folder, error) ? "it has no manifest.json"
+                                                                    : "a file";
+        throw EngineError(shown(folder) + ": not an engine directory: " + found);
+    }
+    try {
+        return read(folder, file, verify);
+    } catch (const fs::filesystem_error& failed) {  // a file that vanished or may not be looked at
+        throw EngineError(shown(failed.path1()) + ": " + failed.code().message());
+    }
+}
+
+}  // namespace enat

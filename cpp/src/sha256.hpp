@@ -1,0 +1,11 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+namespace enat {
+
+/// The SHA-256 of a file, in hexadecimal. Throws EngineError where it cannot be read.
+std::string sha256(const std::filesystem::path& file);
+
+}  // namespace enat

@@ -1,0 +1,45 @@
+// The numbers inside the library, for Python to compare with its own.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "noise.hpp"
+#include "schedule.hpp"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void test_philox(const std::uint32_t* counter, const std::uint32_t* key, std::uint32_t* result) {
+    const auto words = enat::philox4x32({counter[0], counter[1], counter[2], counter[3]}, {key[0], key[1]});
+    std::copy(words.begin(), words.end(), result);
+}
+
+/// Of the numbers from `first` on: every value that a random word can give is within 2²⁴.
+EXPORT void test_uniform(std::uint32_t first, std::uint32_t count, float* result) {
+    for (std::uint32_t i = 0; i < count; ++i) result[i] = enat::uniform(first + i);
+}
+
+EXPORT void test_gumbel(std::uint32_t first, std::uint32_t count, float* result) {
+    for (std::uint32_t i = 0; i < count; ++i) result[i] = enat::gumbel(first + i);
+}
+
+/// choice, confidence: [count, length].
+EXPORT void test_step_noise(const std::uint64_t* seeds, std::uint64_t count, std::int64_t step, std::int64_t length, float* choice,
+                            float* confidence) {
+    const enat::Noise noise = enat::step_noise({seeds, seeds + count}, step, length);
+    std::copy(noise.choice.begin(), noise.choice.end(), choice);
+    std::copy(noise.confidence.begin(), noise.confidence.end(), confidence);
+}
+
+/// counts: (masked, keep) of every step; scalars: (guidance, sampling temperature, mask temperature). Returns how many steps there are.
+EXPORT std::int64_t test_schedule(std::int64_t length, std::int64_t steps, double cfg_scale, double mask_temp, double samp_temp,
+                                  std::int64_t* counts, double* scalars) {
+    const auto all = enat::schedule(length, steps, cfg_scale, mask_temp, samp_temp);
+    for (const enat::Step& step : all) {
+        *counts++ = step.masked;
+        *counts++ = step.keep;
+        *scalars++ = step.guidance;
+        *scalars++ = step.sampling_temperature;
+        *scalars++ = step.mask_temperature;
+    }
+    return static_cast<std::int64_t>(all.size());
+}
