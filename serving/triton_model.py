@@ -90,7 +90,8 @@ class PictureModel:
         assert wanted is not None
         labels = [class_index(model, one.decode("utf-8", "replace") if isinstance(one, bytes) else int(one)) for one in wanted]
         seeds = [int(seed) for seed in given["seed"]] if "seed" in given else [secrets.randbits(63) for _ in labels]
-        own = {name: given[name].tolist() for name in SETTINGS if name in given}
+        # The decimal number that was meant: 0.3, and not what the nearest float32 is as a float64.
+        own = {name: [int(value) if name == "steps" else float(str(value)) for value in given[name]] for name in SETTINGS if name in given}
         settings = [tuple((name, values[i]) for name, values in own.items()) for i in range(len(labels))]
         for one in dict.fromkeys(settings):
             self.pipeline.schedule(**dict(one))

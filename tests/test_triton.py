@@ -239,8 +239,8 @@ KINDS: tuple[dict[str, float], ...] = (
     {},
     {},
     {"steps": 4},
-    {"guidance": 2.0, "steps": 6},
-    {"mask_temperature": 1.0, "sampling_temperature": 1.0},
+    {"guidance": 2.7, "steps": 6},
+    {"mask_temperature": 1.1, "sampling_temperature": 0.3},
 )
 
 

@@ -127,8 +127,8 @@ def rounded(size: int) -> int:
 
 
 class NoDevice:
-    """In place of a device where only the memory that a program would take is of interest: it never gives any back to an arena
-    without handing it out again, so that what was allocated is the peak."""
+    """In place of a device where only the memory that a program would take is of interest. An arena asks for more only when all that it
+    has is in use, so what was allocated in all is the peak."""
 
     name = "none"
 
