@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,3 +129,9 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, engine_copy: Path) -> 
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"pip install 'enat\[openvino\]'"):
         Pipeline.load(backend="openvino")
+
+
+def test_auto_takes_it_where_there_is_nothing_else(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from enat import Pipeline; print(Pipeline.load().backend.name)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout.strip() == "openvino"

@@ -27,7 +27,7 @@ BACKENDS = {
     "onnxruntime-tensorrt": {"cuda": ("onnxruntime_cuda", "OnnxRuntimeTensorRTBackend")},
     "tensorrt": {"cuda": ("tensorrt", "TensorRTBackend")},
 }
-AUTO = {"cpu": ("onnxruntime",), "cuda": ("tensorrt", "onnxruntime")}  # the fastest first
+AUTO = {"cpu": ("onnxruntime", "openvino"), "cuda": ("tensorrt", "onnxruntime")}  # the first that works
 EXTRAS = {"cpu": "cpu", "cuda": "gpu", "openvino": "openvino"}  # what to install for a kind of device, or for one backend
 
 

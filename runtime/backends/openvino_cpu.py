@@ -18,7 +18,6 @@ from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array, Program
 from .device import output_shapes
-from .sessions import first_line
 
 CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 
@@ -76,7 +75,7 @@ class OpenVinoBackend:
                 try:
                     self.compiled[graph] = self.core.compile_model(str(path), "CPU", self.options_of(graph))
                 except RuntimeError as error:
-                    raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {first_line(error)}") from error
+                    raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
             return self.compiled[graph]
 
     def close(self) -> None:
@@ -132,8 +131,14 @@ class OpenVinoLane:
                 request.set_tensor(name, tensor(array))
             request.infer()
         except RuntimeError as error:
-            raise BackendError(f"{graph}.onnx: OpenVINO failed: {first_line(error)}") from error
+            raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
         return list(outputs.values())
+
+
+def reason(error: Exception) -> str:
+    """What OpenVINO says behind the places in its sources that it was thrown from."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return (lines or [type(error).__name__])[0]
 
 
 def precision(bfloat16: bool) -> str:
