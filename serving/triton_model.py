@@ -94,7 +94,8 @@ class PictureModel:
         own = {name: [int(value) if name == "steps" else float(str(value)) for value in given[name]] for name in SETTINGS if name in given}
         settings = [tuple((name, values[i]) for name, values in own.items()) for i in range(len(labels))]
         for one in dict.fromkeys(settings):
-            self.pipeline.schedule(**dict(one))
+            chosen: dict[str, Any] = dict(one)
+            self.pipeline.schedule(**chosen)  # raises for what is out of its range
         return [Picture(label, seed, one) for label, seed, one in zip(labels, seeds, settings, strict=True)]
 
     def finalize(self) -> None:
