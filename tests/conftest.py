@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import Result
+
+from enat.runtime.manifest import Manifest, read_manifest
 
 DATA = Path(__file__).parent / "data"
 
@@ -72,6 +75,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def engine_copy(engines: Callable[[str], Path], tmp_path: Path) -> Path:
     """An engine to damage."""
     return Path(shutil.copytree(engines("tiny"), tmp_path / "engine"))
+
+
+@pytest.fixture(scope="session")
+def manifest(engines: Callable[[str], Path]) -> Manifest:
+    return read_manifest(engines("tiny"))
+
+
+def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Shapes of the modulation beyond its rows."""
+    graph = onnx.load(manifest.path("condition.onnx")).graph
+    return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
 
 
 NOT_ERRORS = ("[", "seed ", "no --engine", "Warning: ")  # progress and notes on stderr

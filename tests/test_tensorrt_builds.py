@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 from click.testing import CliRunner
+from conftest import modulation
 from host_device import HostDevice
 from tensorrt_operators import objections
 from tensorrt_stand_in import StandIn, import_tensorrt, signatures
@@ -26,16 +27,6 @@ from enat.runtime.manifest import Manifest, read_manifest
 
 HERE = Platform("10.16.1.11", "NVIDIA H200", "9.0")
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_encoder")
-
-
-def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    graph = onnx.load(manifest.path("condition.onnx")).graph
-    return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
-
-
-@pytest.fixture(scope="module")
-def manifest(engines: Callable[[str], Path]) -> Manifest:
-    return read_manifest(engines("tiny"))
 
 
 # Builds as values

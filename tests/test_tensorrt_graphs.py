@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import modulation
 from host_device import HostBackend, HostDevice, HostLane
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,16 +91,6 @@ def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_pat
 
 
 # Profiles
-
-
-def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    graph = onnx.load(manifest.path("condition.onnx")).graph
-    return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
-
-
-@pytest.fixture(scope="module")
-def manifest(engines: Callable[[str], Path]) -> Manifest:
-    return read_manifest(engines("tiny"))
 
 
 def test_profiles_follow_the_schedule(manifest: Manifest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import onnxruntime as ort
 
 from ...errors import BackendError, InputError
 from ..manifest import Manifest
-from . import Array, Program
+from . import Array
+from .numpy_lane import NumpyLane
 from .sessions import Sessions, first_line
 
 SAFE_WEIGHT_BITS = 7
@@ -33,11 +34,10 @@ def int8_saturates() -> bool:
     return bool((y != x.shape[1] * 127**2).any())
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(NumpyLane):
     """One session a graph, made when the graph is first run. It is its own lane: nothing of it belongs to one batch."""
 
     name = "onnxruntime"
-    records = False
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         if device != "cpu":
@@ -66,27 +66,12 @@ class OnnxRuntimeBackend:
     def lease(self) -> AbstractContextManager[OnnxRuntimeBackend]:
         return contextlib.nullcontext(self)
 
-    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        return list(program(arrays))
-
-    def upload(self, array: Array) -> Array:
-        return array
-
-    def download(self, tensor: Array) -> Array:
-        return tensor
-
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         session = self.sessions.get(graph)
         try:
             return session.run(None, dict(inputs))
         except Exception as error:
             raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error
-
-    def first_rows(self, tensor: Array, rows: int) -> Array:
-        return tensor[:rows]
-
-    def concatenate(self, tensors: Sequence[Array]) -> Array:
-        return np.concatenate(tensors, axis=1)
 
     def close(self) -> None:
         self.sessions.close()

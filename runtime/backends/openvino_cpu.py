@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import openvino as ov
 
 from ...errors import BackendError, InputError
 from ..manifest import Manifest
-from . import Array, Program
+from . import Array
 from .device import output_shapes
+from .numpy_lane import NumpyLane
 
 CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 
@@ -84,30 +85,13 @@ class OpenVinoBackend:
             self.compiled.clear()
 
 
-class OpenVinoLane:
+class OpenVinoLane(NumpyLane):
     """Infer requests of one batch: made once, and given tensors that lie where they are read and written."""
-
-    records = False
 
     def __init__(self, backend: OpenVinoBackend) -> None:
         self.backend = backend
         self.requests: dict[str, Any] = {}
         self.modulation: dict[str, tuple[int, ...]] = {}
-
-    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        return list(program(arrays))
-
-    def upload(self, array: Array) -> Array:
-        return array
-
-    def download(self, tensor: Array) -> Array:
-        return tensor
-
-    def first_rows(self, tensor: Array, rows: int) -> Array:
-        return tensor[:rows]
-
-    def concatenate(self, tensors: Sequence[Array]) -> Array:
-        return np.concatenate(tensors, axis=1)
 
     def request(self, graph: str) -> Any:
         if graph not in self.requests:
