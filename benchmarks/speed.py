@@ -117,6 +117,7 @@ def main(
     what = f"{steps} steps, {'pictures' if vqgan else 'tokens'}, reference in {f'{autocast} autocast' if autocast else 'float32'}"
     click.echo(f"{machine(device)}; PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}; {what}")
     rate = matrix_rate(device, torch.float16) if device.type == "cuda" else None
+    adds = work(next(iter(pipes.values())), schedule, bool(vqgan))
     if rate:
         click.echo(f"float16 matrix products: {2 * rate / 1e12:.0f} TFLOP/s")
     for batch in batches:
@@ -138,8 +139,7 @@ def main(
             median = statistics.median(values)
             line = f"  {name:40} {median:8.4g} s ({min(values):.4g}-{max(values):.4g})  {ratio:.2f}x  {batch / median:.4g} pictures/s"
             if rate:
-                share = work(next(iter(pipes.values())), schedule, bool(vqgan)) * batch / median / rate
-                line += f"  {share:.1%} of the matrix rate"
+                line += f"  {adds * batch / median / rate:.1%} of the matrix rate"
             click.echo(line)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)

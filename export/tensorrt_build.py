@@ -23,8 +23,21 @@ from polygraphy.logger import G_LOGGER
 from ..calibration.products import fixed
 from ..errors import ExportError, InputError, reason
 from ..runtime.backends.cuda import device_index
-from ..runtime.backends.tensorrt import Logger, platform_of
-from ..runtime.builds import FOLDER, HARDWARE, SECTION, Build, BuiltGraph, Platform, Profile, Shape, graph_source, read_builds, unsuited
+from ..runtime.backends.tensorrt import Logger, load_plan, platform_of, refit
+from ..runtime.builds import (
+    FOLDER,
+    HARDWARE,
+    SECTION,
+    Build,
+    BuiltGraph,
+    Platform,
+    Profile,
+    Shape,
+    changed_graph,
+    graph_source,
+    read_builds,
+    unsuited,
+)
 from ..runtime.manifest import FILE, Manifest, manifest_text, read_manifest, sha256
 from .profiles import graph_profiles
 from .progress_monitor import ProgressMonitor
@@ -200,12 +213,8 @@ def refittable_build(engine: Path, here: Platform, wanted: Build) -> Path:
 def refitted(plan: Path, graph: Path) -> bytes:
     """A plan with the weights of another graph."""
     logger = Logger()
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
-    if engine is None:
-        raise ExportError(f"{plan}: TensorRT {trt.__version__} cannot load it: {logger.error}")
-    refitter = trt.Refitter(engine, logger)
-    if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-        raise ExportError(f"{plan}: TensorRT could not take the weights of {graph}: {logger.error}")
+    engine = load_plan(trt.Runtime(logger), plan, logger)
+    refit(engine, graph, logger)
     return bytes(memoryview(engine.serialize()))
 
 
@@ -219,7 +228,7 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
     build = replace(build, files=files)
     content = json.loads((engine / FILE).read_text("utf-8"))
     others = [one for one in read_builds(manifest) if one.id != build.id]
-    current = [one for one in others if all(graph.source == graph_source(manifest, name) for name, graph in one.graphs.items())]
+    current = [one for one in others if changed_graph(one, manifest) is None]
     content[SECTION] = [*(one.as_json() for one in current), build.as_json()]
     place = engine / build.folder
     if place.exists():

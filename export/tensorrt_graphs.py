@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..calibration.quantize import ZERO_POINT
+from ..calibration.quantize import ZERO_POINT, constant
 from ..graph_file import save
 from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
@@ -67,7 +67,4 @@ def to_signed(model: ir.Model) -> bool:
 
 def signed_zero(graph: ir.Graph, zero: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     name = f"{zero.name}_signed"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.zeros(shape, np.int8), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT8), const_value=tensor)
-    return graph.initializers[name]
+    return graph.initializers.get(name) or constant(graph, name, np.zeros(shape, np.int8))

@@ -113,11 +113,16 @@ def read_profile(profile: Mapping[str, Sequence[Sequence[int]]]) -> Profile:
     return result
 
 
+def changed_graph(build: Build, manifest: Manifest) -> str | None:
+    """A graph that is not the one that was built any more; None where all are."""
+    return next((name for name, graph in build.graphs.items() if graph.source != graph_source(manifest, name)), None)
+
+
 def unsuited(build: Build, manifest: Manifest, here: Platform) -> str | None:
     """Why a build cannot serve this engine here; None where it can."""
-    for name, graph in build.graphs.items():
-        if graph.source != graph_source(manifest, name):
-            return f"{name}.onnx has changed since it was built"
+    changed = changed_graph(build, manifest)
+    if changed:
+        return f"{changed}.onnx has changed since it was built"
     theirs, options = build.platform, build.options
     numbers, built = ([int(part) for part in platform.tensorrt.split(".")[:3]] for platform in (here, theirs))
     compatible = options.get("version_compatible") and numbers[0] == built[0] and numbers >= built

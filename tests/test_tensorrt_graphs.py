@@ -170,7 +170,7 @@ def test_profiles_shapes(precisions: dict[str, Path], name: str) -> None:
             for which in range(3):
                 shapes = {name: shapes[which] for name, shapes in one.items()}
                 inputs = arrays(session, shapes)
-                wanted = output_shapes(manifest, graph, inputs, modulation(manifest))
+                wanted = output_shapes(manifest, graph, inputs, lambda: modulation(manifest))
                 found = session.run(None, inputs)
                 assert [(value.shape, value.dtype) for value in found] == [(shape, np.dtype(dtype)) for shape, dtype in wanted.values()]
                 for port, (shape, _) in zip(inferred(original, shapes).output, wanted.values(), strict=True):

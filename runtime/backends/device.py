@@ -241,7 +241,7 @@ class DeviceLane(ABC):
         return result
 
     def run(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> list[DeviceTensor]:
-        shapes = output_shapes(self.manifest, graph, inputs, self.modulation_shapes())
+        shapes = output_shapes(self.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: self.new(shape, dtype) for name, (shape, dtype) in shapes.items()}
         if not self.dry:
             self.execute(graph, inputs, outputs)
@@ -336,12 +336,19 @@ def row_bytes(tensor: DeviceTensor) -> int:
 
 
 def output_shapes(
-    manifest: Manifest, graph: str, inputs: Mapping[str, DeviceTensor | Array], modulation: Mapping[str, tuple[int, ...]]
+    manifest: Manifest,
+    graph: str,
+    inputs: Mapping[str, DeviceTensor | Array],
+    modulation_shapes: Callable[[], Mapping[str, tuple[int, ...]]],
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and type of each output by the engine contract (docs/ENGINE.md), in its order."""
+    """Shape and type of each output by the engine contract (docs/ENGINE.md), in its order.
+
+    modulation_shapes: gives those of the condition's outputs beyond the first axis; called for that graph alone.
+    """
     model, float_type = manifest.model, FLOAT_TYPES[manifest.float_type]
     shape = {name: tensor.shape for name, tensor in inputs.items()}
     if graph == "condition":
+        modulation = modulation_shapes()
         return {name: ((shape["labels"][0], *modulation[name]), float_type) for name in ("encoder_modulation", "decoder_modulation")}
     if graph == "encoder":
         rows, seen, dim = shape["features"]

@@ -91,7 +91,6 @@ class OpenVinoLane(NumpyLane):
     def __init__(self, backend: OpenVinoBackend) -> None:
         self.backend = backend
         self.requests: dict[str, Any] = {}
-        self.modulation: dict[str, tuple[int, ...]] = {}
 
     def request(self, graph: str) -> Any:
         if graph not in self.requests:
@@ -99,14 +98,12 @@ class OpenVinoLane(NumpyLane):
         return self.requests[graph]
 
     def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
-        if not self.modulation:
-            outputs = self.backend.compile("condition").outputs
-            self.modulation = {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
-        return self.modulation
+        outputs = self.backend.compile("condition").outputs
+        return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
         request = self.request(graph)
-        shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes())
+        shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
         try:
             for name, array in inputs.items():

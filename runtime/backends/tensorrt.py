@@ -6,6 +6,7 @@ import threading
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,21 @@ class Logger(trt.ILogger):  # type: ignore[misc]
             self.error = message.strip().splitlines()[0]
 
 
+def load_plan(runtime: Any, path: Path, logger: Logger) -> Any:
+    """A plan's ICudaEngine. Raises BackendError where TensorRT refuses it."""
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {logger.error}")
+    return engine
+
+
+def refit(engine: Any, graph: Path, logger: Logger) -> None:
+    """Gives a plan the weights of a graph. Raises BackendError."""
+    refitter = trt.Refitter(engine, logger)
+    if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+        raise BackendError(f"{graph}: TensorRT could not take the weights from it: {logger.error}")
+
+
 class TensorRTBackend:
     """Plans, loaded when first run, and shared by all lanes."""
 
@@ -65,24 +81,12 @@ class TensorRTBackend:
             if graph not in self.engines:
                 if graph not in self.build.graphs:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} has no {graph}")
-                path = self.manifest.folder / self.build.plan(graph)
-                engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-                if engine is None:
-                    raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {self.logger.error}")
-                self.refit(graph, engine)
+                engine = load_plan(self.runtime, self.manifest.folder / self.build.plan(graph), self.logger)
+                source = self.build.graphs[graph].weights
+                if source is not None:
+                    refit(engine, self.manifest.folder / source, self.logger)
                 self.engines[graph] = engine
             return self.engines[graph]
-
-    def refit(self, graph: str, engine: Any) -> None:
-        """Gives a plan without weights those of its graph."""
-        source = self.build.graphs[graph].weights
-        if source is None:
-            return
-        refitter = trt.Refitter(engine, self.logger)
-        parser = trt.OnnxParserRefitter(refitter, self.logger)
-        path = self.manifest.folder / source
-        if not parser.refit_from_file(str(path)) or not refitter.refit_cuda_engine():
-            raise BackendError(f"{path}: TensorRT could not take the weights from it: {self.logger.error}")
 
     def close(self) -> None:
         self.lanes.close()
