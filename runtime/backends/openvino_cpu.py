@@ -19,6 +19,7 @@ from ..manifest import Manifest
 from . import Array
 from .device import output_shapes
 from .numpy_lane import NumpyLane
+from .openvino_graphs import rewrite
 
 CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 
@@ -26,7 +27,7 @@ CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 class OpenVinoBackend:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on.
 
-    Engines whose float type is float16 run in bfloat16 where the CPU computes in it, else in float32, like all others.
+    fp16 engines run in bfloat16 where the CPU computes in it, else in float32. What 8-bit engines leave in float runs in float32.
     """
 
     name = "openvino"
@@ -39,8 +40,11 @@ class OpenVinoBackend:
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
             raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
-        self.bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
+        bfloat16 = manifest.precision == "fp16" and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
+            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
+        }
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
         folder = cache_folder(manifest)
@@ -60,21 +64,14 @@ class OpenVinoBackend:
             with self.lock:
                 self.idle.append(lane)
 
-    def options_of(self, graph: str) -> dict[str, Any]:
-        float16 = self.manifest.float_type == "float16"
-        if graph != "image_decoder" or self.manifest.precision != "int8":
-            return {**self.options, "INFERENCE_PRECISION_HINT": precision(float16 and self.bfloat16)}
-        # OpenVINO's own treatment of 8-bit convolutions carries scales through normalizations as if these had no epsilon, which gives
-        # wrong pictures where features are small. Without it they run as floats of 8 bits' values, in bfloat16 as fast.
-        return {**self.options, "LP_TRANSFORMS_MODE": "NO", "INFERENCE_PRECISION_HINT": precision(self.bfloat16)}
-
     def compile(self, graph: str) -> Any:
         """A graph's CompiledModel. Raises BackendError where OpenVINO cannot load it."""
         with self.lock:
             if graph not in self.compiled:
                 path = self.manifest.path(f"{graph}.onnx")
                 try:
-                    self.compiled[graph] = self.core.compile_model(str(path), "CPU", self.options_of(graph))
+                    model = self.core.read_model(path)
+                    self.compiled[graph] = self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
                 except RuntimeError as error:
                     raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
             return self.compiled[graph]
@@ -120,10 +117,6 @@ def reason(error: Exception) -> str:
     """What OpenVINO says behind the places in its sources that it was thrown from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
     return (lines or [type(error).__name__])[0]
-
-
-def precision(bfloat16: bool) -> str:
-    return "bf16" if bfloat16 else "f32"
 
 
 def tensor(array: Array) -> Any:
