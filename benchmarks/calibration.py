@@ -1,6 +1,6 @@
 """What each way of calibrating gives: an int8 engine by each, compared with float32 on the same pictures.
 
-python -m benchmarks.calibration                    # the bundled engine; a Markdown table
+python -m enat.benchmarks.calibration                    # the bundled engine; a Markdown table
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import click
 
-from enat import Pipeline
-from enat.calibration.calibrate import Settings
-from enat.calibration.products import find_products, load_graphs
-from enat.calibration.statistics import METHODS
-from enat.export.compare import compare
-from enat.export.convert import Precision, convert_engine
-from enat.runtime.manifest import read_manifest
-from enat.runtime.pipeline import BUNDLED_ENGINE
+from ..calibration.calibrate import Settings
+from ..calibration.products import find_products, load_graphs
+from ..calibration.statistics import METHODS
+from ..export.compare import compare
+from ..export.convert import Precision, convert_engine
+from ..runtime.manifest import read_manifest
+from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
 
 SEED = 10_000
 

@@ -1,6 +1,6 @@
 """Checkpoints of the published sizes with random weights: for measuring speed, memory and export where the real ones are not at hand.
 
-python -m benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB) and vqgan.ckpt
+python -m enat.benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB) and vqgan.ckpt
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import click
 import torch
 from torch import Tensor, nn
 
-from enat.models.network import Network, NetworkConfig
-from enat.models.tokenizer import Tokenizer, TokenizerConfig
+from ..models.network import Network, NetworkConfig
+from ..models.tokenizer import Tokenizer, TokenizerConfig
 
 ENAT_L_256 = NetworkConfig(grid=16, dim=1024, heads=16, encoder_depth=22, decoder_depth=2, codes=1024, num_classes=1000)
 VQGAN_F16 = TokenizerConfig(channels=(128, 128, 256, 256, 512), encoder_blocks=2, decoder_blocks=2, codes=1024, code_dim=256)
 
+CONTRAST = 0.2  # of pictures, as standard deviation where white is 1
+
 
 def random_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of about the scale of trained ones, in the published names."""
+    """Weights of about the scale of trained ones, in the published names; pictures are noise around grey."""
     rng = torch.Generator().manual_seed(seed)
     state = {}
     for name, value in model.state_dict().items():
@@ -29,6 +31,10 @@ def random_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         else:
             is_scale = name.endswith("weight")
             state[name] = torch.full(value.shape, float(is_scale)) + 0.02 * torch.randn(value.shape, generator=rng)
+        if name == "decoder.conv_out.weight":
+            state[name] *= CONTRAST
+        elif name == "decoder.conv_out.bias":
+            state[name] += 0.5
     return state
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from enat.models.network import Block, Network
-from enat.runtime.schedule import Step
+from ..models.network import Block, Network
+from ..runtime.schedule import Step
 
 
 def attention(block: Block, x: Tensor, y: Tensor | None) -> Tensor:
@@ -60,14 +60,14 @@ def run_network(
     if new.shape[1] or seen.shape[1]:
         x = pick(new)
         for block in network.encoder_blocks:
-            x = run_block(block, x, context, condition)
+            x = run_block(block, x, context, condition)  # type: ignore[arg-type]
         visible = x if context is None else torch.cat((context, x), dim=1)
     order = torch.cat((seen, new), dim=1)
     is_masked = torch.ones(batch, length, dtype=torch.bool).scatter(1, order, False)
     masked = is_masked.nonzero()[:, 1].view(batch, -1)
     x = pick(masked)
     for block in network.decoder_blocks:
-        x = run_block(block, x, visible, condition)
+        x = run_block(block, x, visible, condition)  # type: ignore[arg-type]
     # Back onto the grid, and the logits of all positions.
     full = torch.zeros(batch, length, config.dim)
     full = full.scatter(1, masked[..., None].expand(-1, -1, config.dim), x)

@@ -1,6 +1,6 @@
 """A Triton server against the bare pipeline, in one run: many clients at once, one after the other, and no server at all.
 
-python -m benchmarks.triton --environment .venv/triton          # what `make test` sets up
+python -m enat.benchmarks.triton --environment .venv/triton          # what `make test` sets up
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import click
 import numpy as np
 import tritonclient.grpc as grpc
 
-from enat import Pipeline
-from enat.runtime.pipeline import BUNDLED_ENGINE
-from enat.serving.repository import Options, write_repository
-
-from .speed import processor
+from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
+from ..serving.repository import Options, write_repository
+from .machine import processor
 from .triton_server import Server
 
 

@@ -12,7 +12,7 @@ import click
 from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
-from ..runtime.command import Command, needs
+from ..runtime.command import Command, needs, parse_numbers
 from .directory import check_target
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def main(
 
     if (ckpt is None) == (engine is None):
         raise InputError("expected either --ckpt or --engine")
-    numbers = step_numbers(steps)
+    numbers = parse_numbers("--steps", steps)
     given = {name: value for name, value in options.items() if value is not None}
     checkpoint = {name: given[name] for name in CHECKPOINT_OPTIONS if name in given}
     calibration = {name: given[name] for name in CALIBRATION_OPTIONS if name in given}
@@ -180,14 +180,6 @@ def main(
         assert written is not None
         build = build_engine(written, numbers, force=force, report=report, progress=True, **building)
         report(f"TensorRT build for {build.platform}: {written / build.folder}")
-
-
-def step_numbers(text: str | None) -> tuple[int, ...]:
-    """8,12 → (8, 12). Raises InputError."""
-    try:
-        return tuple(int(word) for word in text.split(",")) if text is not None else ()
-    except ValueError:
-        raise InputError(f"--steps: expected a number, or numbers with commas between, got {text!r}") from None
 
 
 def convert(

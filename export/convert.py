@@ -38,6 +38,7 @@ from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range
 
 PRECISIONS = ("fp16", "int8")
 FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}
+WATCHED = "onnxruntime"  # the backend whose values inside can be watched
 BATCH = 2  # images at once while values inside are watched
 MAGNITUDE_IMAGES = 16
 BETWEEN_GRAPHS = ("features", "visible_features", "encoder_modulation", "decoder_modulation")
@@ -96,7 +97,7 @@ def convert_engine(
         if calibration_file.absolute().is_relative_to(out.absolute()):
             raise InputError(f"{calibration_file}: a calibration is not a part of the engine; expected a place outside {out}")
         check_writable(calibration_file)
-    with put_in_place(out, force) as folder, Pipeline.load(source) as reference:
+    with put_in_place(out, force) as folder, Pipeline.load(source, WATCHED) as reference:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             section, graphs = changed_graphs(
                 reference, graphs, precision, settings, labels, calibration_file, Path(scratch), report, progress
@@ -113,7 +114,7 @@ def convert_engine(
         content["calibration"] = section
         write_manifest(folder, content)
         report("comparing with float32")
-        with Pipeline.load(folder) as engine:
+        with Pipeline.load(folder, WATCHED) as engine:
             comparison = compare(engine, reference, images=COMPARED_IMAGES, seed=COMPARED_SEED, batch_size=BATCH, progress=progress)
         if not comparison.divergence <= WORST_DIVERGENCE:
             raise ExportError(f"the engine's divergence from float32 is {comparison.divergence:.2g} nats: it would draw something else")

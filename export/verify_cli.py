@@ -77,19 +77,21 @@ def main(
         if sheet_file or min_psnr is not None:
             mine.require_images()
             reference.require_images()
+        title = f"{engine} ({mine.backend.name}) against {against} ({reference.backend.name})"
         result = compare(mine, reference, images, seed, labels, batch_size, progress=True)
         layers: dict[str, float] = {}
         if plot:
             layers = layer_errors(mine, reference, seed, labels)
-            draw_plot(result, layers, plot, f"{engine} against {against}")
+            draw_plot(result, layers, plot, title)
         if sheet_file:
             assert result.pictures is not None
             save_image(side_by_side(*result.pictures), sheet_file, {"engine": str(engine), "against": str(against), "seed": seed})
     missed = misses(result, max_divergence, min_top1, min_psnr)
     if as_json:
-        click.echo(json.dumps({"engine": str(engine), "against": str(against), **result.summary(), "layers": layers, "missed": missed}))
+        what = {"engine": str(engine), "backend": mine.backend.name, "against": str(against)}
+        click.echo(json.dumps({**what, **result.summary(), "layers": layers, "missed": missed}))
     else:
-        click.echo(report(result, f"{engine} against {against}"))
+        click.echo(report(result, title))
     if missed:
         raise ExportError("; ".join(missed))
 

@@ -145,10 +145,19 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
     model.eval().requires_grad_(False)
 
 
-def load_network(path: Path, heads: int | None = None, encoder_depth: int | None = None, preset: Preset | None = None) -> Network:
-    """A network from a checkpoint, float32, ready for inference. Raises CheckpointError."""
+def load_network(
+    path: Path,
+    heads: int | None = None,
+    encoder_depth: int | None = None,
+    preset: Preset | None = None,
+    config: NetworkConfig | None = None,
+) -> Network:
+    """A network from a checkpoint, float32, ready for inference. config: the sizes that it must have, in place of those read off it.
+
+    Raises CheckpointError.
+    """
     state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(UNUSED)}
-    config = network_config(state, path, heads, encoder_depth, preset)
+    config = config or network_config(state, path, heads, encoder_depth, preset)
     with torch.device("meta"):
         model = Network(config)
     fill(model, state, path)

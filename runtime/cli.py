@@ -15,7 +15,7 @@ from ..errors import InputError
 from .backends import BACKENDS
 from .classes import parse_classes
 from .command import Command
-from .outputs import Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
+from .outputs import RUN_RECORD, Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, check_writable, read_metadata
 from .pipeline import BATCH_SIZE, Pipeline, image_seeds
 from .progress import progress_bar
@@ -86,12 +86,15 @@ def main(
 ) -> None:
     """Draw pictures with an engine."""
     started = time.perf_counter()
-    with Pipeline.load(engine, backend, device, threads, verify) as pipeline:
+    chosen = backend if backend != "auto" else earlier_backend(replay, out if resume else None, device)
+    with Pipeline.load(engine, chosen, device, threads, verify) as pipeline:
         if list_classes:
             show_classes(pipeline, as_json)
             return
         if engine is None:
             click.echo("no --engine given: using the bundled one (letters A-Z and digits 0-9)", err=True)
+        if chosen == "auto" and not as_json:
+            click.echo(f"backend auto: {pipeline.backend.name}", err=True)
         if out is None:
             raise InputError("expected --out with a folder or a file to write")
         check_writable(out)
@@ -147,6 +150,13 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     if gif and suffix != ".gif":
         raise InputError(f"{out}: --gif makes an animation; expected a file that ends in .gif, or a folder")
     return True
+
+
+def earlier_backend(replay: Path | None, folder: Path | None, device: str) -> str:
+    """The backend that made a file, or the pictures in a folder, where it runs on the device; else auto."""
+    metadata = read_metadata(replay) if replay else read_record(folder) if folder and (folder / RUN_RECORD).is_file() else {}
+    name = metadata.get("backend")
+    return name if isinstance(name, str) and device.split(":")[0] in BACKENDS.get(name, ()) else "auto"
 
 
 def replayed(pipeline: Pipeline, file: Path, force: bool) -> tuple[Request, int | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import EnatError, reason
+from ..errors import EnatError, InputError, reason
 
 
 class Command(click.Command):
@@ -53,6 +53,14 @@ def needs(extra: str, what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise click.ClickException(f"{what} needs more packages ({error}); install them with: pip install 'enat[{extra}]'") from error
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """8,12 → (8, 12); of nothing, nothing. Raises InputError."""
+    try:
+        return tuple(int(word) for word in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise InputError(f"{option}: expected a number, or numbers with commas between, got {text!r}") from None
 
 
 def fail(message: str, code: int) -> None:

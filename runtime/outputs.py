@@ -62,7 +62,14 @@ class Request:
             {"class": label, **({"name": names[label]} if names else {}), "seed": seed}
             for label, seed in zip(self.labels, self.seeds, strict=True)
         ]
-        return {"producer": METADATA_KEY, "engine": pipeline.manifest.hash, "images": images, "settings": self.settings, "columns": columns}
+        return {
+            "producer": METADATA_KEY,
+            "engine": pipeline.manifest.hash,
+            "backend": pipeline.backend.name,
+            "images": images,
+            "settings": self.settings,
+            "columns": columns,
+        }
 
 
 def request_of(metadata: dict[str, Any]) -> Request:
@@ -140,7 +147,7 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, resume: bool, f
         theirs = read_record(out)
         for key, value in mine.items():
             if theirs.get(key) != value:
-                raise InputError(f"{out}: the run that began there has other {key}; expected the same classes, seed, settings and engine")
+                raise InputError(f"{out}: the run that began there has other {key} (in its {RUN_RECORD}); expected the same")
     with WholeFile(record) as partial:
         partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
 

@@ -88,7 +88,7 @@ def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
 
 
-NOT_ERRORS = ("[", "seed ", "no --engine", "Warning: ")  # progress and notes on stderr
+NOT_ERRORS = ("[", "seed ", "no --engine", "backend auto: ", "Warning: ")  # progress and notes on stderr
 
 
 def refused(result: Result, *parts: str, code: int = 2) -> None:

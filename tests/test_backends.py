@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import re
 import sys
@@ -49,6 +50,8 @@ def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeyp
     assert open_backend("auto", manifest, "cuda:0") == "onnxruntime"  # type: ignore[comparison-overlap]
     assert tried == ["tensorrt", "onnxruntime"]
     assert open_backend("auto", manifest) == "onnxruntime"  # type: ignore[comparison-overlap]
+    wide = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, dim=1024))
+    assert open_backend("auto", wide) == "openvino"  # type: ignore[comparison-overlap]
     monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError(f"{name} fails")))
     with pytest.raises(BackendError, match="tensorrt fails; onnxruntime fails"):
         open_backend("auto", manifest, "cuda:0")

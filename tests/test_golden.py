@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import Golden
 
-from benchmarks.reference import run_network
+from enat.benchmarks.reference import run_network
 from enat.models.checkpoint import load_network, load_tokenizer
 from enat.runtime.backends import open_backend
 from enat.runtime.manifest import read_manifest

@@ -22,8 +22,8 @@ from click.testing import CliRunner
 from conftest import refused
 from PIL import Image
 
-from benchmarks.triton_server import Server
 from enat import Pipeline
+from enat.benchmarks.triton_server import Server
 from enat.errors import InputError
 from enat.runtime.pipeline import BUNDLED_ENGINE
 from enat.serving.batches import Picture, draw_all

@@ -1,0 +1,182 @@
+"""enat-bench: real runs of small engines, and the figures that it makes of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import read_golden, refused
+from PIL import Image
+
+from enat import Pipeline
+from enat.benchmarks.cli import main
+from enat.benchmarks.footprint import footprint
+from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down
+from enat.benchmarks.torch_contenders import CompiledBackend, Reference, TorchModels, torch_contender
+from enat.errors import BackendError
+
+Engines = Callable[[str], Path]
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+def figures(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def with_torch(name: str = "tiny") -> list[object]:
+    case = read_golden(name)
+    return ["--ckpt", case.ckpt, "--vqgan", case.vqgan]
+
+
+def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
+    engine = engines("tiny")
+    asked = ["--engine", engine, "--backend", "onnxruntime", "--backend", "openvino", "--batch", "1,3", "--steps", "2,4", "--repeats", 3]
+    found = figures(bench(*asked, "--compare", "reference", "--compare", "reference-bfloat16", *with_torch(), "--json"))
+    names = [f"reference, {precision}" for precision in ("float32", "bfloat16")]
+    names += [f"{engine} (fp32), {backend}" for backend in ("onnxruntime", "openvino")]
+    measurements = found["measurements"]
+    assert [(one["name"], one["batch"], one["steps"]) for one in measurements] == [
+        (name, batch, steps) for steps in (2, 4) for batch in (1, 3) for name in names
+    ]
+    for i, one in enumerate(measurements):
+        assert len(one["seconds"]) == 3 and one["median"] == statistics.median(one["seconds"])
+        assert one["pictures_per_second"] == pytest.approx(one["batch"] / one["median"])
+        assert list(one["times_faster"]) == names[:2]
+        base = measurements[i - i % 4]
+        ratios = [theirs / mine for theirs, mine in zip(base["seconds"], one["seconds"], strict=True)]
+        assert one["times_faster"]["reference, float32"] == pytest.approx(statistics.median(ratios))
+        if one["name"].startswith("reference"):
+            assert not one["graphs"] and not one["by_step"]
+        else:
+            assert set(one["graphs"]) == {"condition", "encoder", "decoder", "sampler", "image_decoder"}
+            assert len(one["by_step"]) == one["steps"]
+            inside = sum(one["graphs"][graph] for graph in ("encoder", "decoder", "sampler"))
+            assert sum(one["by_step"]) == pytest.approx(inside)
+    assert {(one["name"], one["batch"], one["steps"]) for one in found["footprints"]} == {
+        (name, n, 2) for name in names[2:] for n in (1, 3)
+    }
+    for one in found["footprints"]:
+        assert 0 < one["load"] < one["first"]
+        assert 20e6 < one["memory"] <= one["peak_memory"] < 2e9  # a process with NumPy and a backend; torch is not in it
+    assert found["versions"].keys() >= {"onnxruntime", "openvino", "torch"} and "core" in found["machine"]
+
+
+def test_tables_and_chart(engines: Engines, tmp_path: Path) -> None:
+    chart = tmp_path / "chart.png"
+    asked = ["--engine", engines("odd"), "--batch", 2, "--steps", 3, "--repeats", 2, "--tokens", "--plot", chart]
+    result = bench(*asked, "--compare", "reference", "--ckpt", read_golden("odd").ckpt)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert "2 pictures, 3 steps, tokens only" in result.stdout
+    assert "× reference, float32" in lines[0] and lines[2].split("|")[5].strip() == "1.00"
+    for line in lines:
+        assert len(line) in {len(other) for other in lines}
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    with Image.open(chart) as picture:
+        assert picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 50
+
+
+def test_the_bundled_engine_needs_no_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "onnx", "onnx_ir"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "bundled engine (fp32)" in bench("--batch", 1, "--repeats", 1, "--warmup", 0, "--steps", 1).stdout
+
+
+def test_watching_changes_nothing(engines: Engines) -> None:
+    with Pipeline.load(engines("tiny")) as pipe:
+        backend = WatchedBackend(pipe.backend)
+        watched = Pipeline(pipe.manifest, backend)
+        for _ in range(2):
+            assert (watched.generate([1, 2], seed=5, steps=3) == pipe.generate([1, 2], seed=5, steps=3)).all()
+        one = [("condition", None), ("decoder", 0), ("sampler", 0)]
+        one += [(graph, step) for step in (1, 2) for graph in ("encoder", "decoder", "sampler")]
+        assert [(launch.graph, launch.step) for launch in backend.launches] == [*one, ("image_decoder", None)] * 2
+
+
+def test_breaking_down_takes_medians_launch_by_launch() -> None:
+    def run(*seconds: float) -> list[Launch]:
+        places = [("decoder", 0), ("sampler", 0), ("encoder", 1), ("decoder", 1), ("sampler", 1), ("image_decoder", None)]
+        return [Launch(graph, step, one) for (graph, step), one in zip(places, seconds, strict=True)]
+
+    graphs, steps = break_down([run(1, 2, 3, 4, 5, 6), run(9, 2, 3, 4, 5, 6), run(2, 2, 3, 8, 5, 0)])
+    assert graphs == {"decoder": 2 + 4, "sampler": 2 + 5, "encoder": 3, "image_decoder": 6}
+    assert steps == [2 + 2, 3 + 4 + 5]
+
+
+def test_ratios_are_those_of_the_rounds() -> None:
+    case = Case(1, 8, True)
+    slow, fast = Measurement("slow", case, [4, 40, 6]), Measurement("fast", case, [2, 10, 1])  # the machine was busy in the second
+    assert fast.times_faster(slow) == 4 and slow.times_faster(fast) == 1 / 4
+
+
+@pytest.mark.parametrize("kind", ["reference", "reference-bfloat16"])
+def test_the_reference_draws_pictures_and_tokens(engines: Engines, kind: str) -> None:
+    """What it computes, test_golden.py holds against the published network; its noise is its own."""
+    case = read_golden("tiny")
+    with Pipeline.load(engines("tiny")) as pipe:
+        models = TorchModels(case.ckpt, case.vqgan, pipe.manifest.model, "cpu")
+        contender = torch_contender(kind, models, pipe)
+        assert isinstance(contender, Reference)
+        size = pipe.manifest.model.image_size
+        pictures = contender.draw(Case(2, 3, True))
+        assert pictures.shape == (2, size, size, 3) and pictures.dtype == torch.uint8
+        tokens = contender.draw(Case(2, 3, False))
+        assert tokens.shape == (2, pipe.manifest.model.length) and tokens.min() >= 0 and tokens.max() < pipe.manifest.model.codes
+
+
+@pytest.mark.slow
+def test_the_compiled_network_draws_the_same_tokens(engines: Engines) -> None:
+    case = read_golden("tiny")
+    with Pipeline.load(engines("tiny")) as pipe:
+        contender = torch_contender("compile", TorchModels(case.ckpt, case.vqgan, pipe.manifest.model, "cpu"), pipe)
+        assert isinstance(contender, Engine) and isinstance(contender.pipeline.backend, CompiledBackend)
+        found = contender.pipeline.generate_tokens(range(4), seed=1)
+        assert (found == pipe.generate_tokens(range(4), seed=1)).mean() > 0.99
+        pictures = contender.pipeline.decode(found).astype(int)
+        assert np.abs(pictures - pipe.decode(found)).max() <= 1
+
+
+def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ["--engine", engines("tiny")]
+    refused(bench("--engine", tmp_path / "none"), "not an engine directory")
+    refused(bench(*engine, "--batch", "1,x"), "--batch: expected a number, or numbers with commas between, got '1,x'")
+    refused(bench(*engine, "--batch", "4,0"), "--batch: expected 1 or more pictures, got 0")
+    refused(bench(*engine, "--steps", "500"), "500")
+    refused(bench(*engine, "--repeats", 0), "expected 0 or more warm-ups and 1 or more repeats, got 1 and 0")
+    refused(bench(*engine, "--plot", tmp_path / "chart.txt"), "expected a file that ends in .png")
+    (tmp_path / "file").touch()
+    refused(bench(*engine, "--plot", tmp_path / "file" / "chart.png"), "file is not a folder")
+    refused(bench(*engine, "--compare", "reference"), "expected --ckpt too")
+    refused(bench(*engine, "--compare", "reference", "--ckpt", read_golden("tiny").ckpt), "expected --vqgan, or --tokens")
+    refused(bench(*engine, "--compare", "reference", *with_torch("odd")), "nnet_ema.pth: its keys are not those of the model")
+    refused(bench(*engine, "--backend", "tensorrt"), "the backend tensorrt runs on cuda, got the device 'cpu'")
+    (engine_copy / "manifest.json").write_text(without_images(engine_copy))
+    (engine_copy / "image_decoder.onnx").unlink()
+    refused(bench("--engine", engine_copy), "has no image decoder; --tokens measures it without")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(bench(*engine, "--plot", tmp_path / "chart.png"), "pip install 'enat[plot]'")
+
+
+def without_images(engine: Path) -> str:
+    manifest = json.loads((engine / "manifest.json").read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("image_decoder")}
+    return json.dumps(manifest)
+
+
+def test_a_process_that_fails_says_why(engines: Engines, engine_copy: Path) -> None:
+    (engine_copy / "decoder.onnx").write_bytes(b"damaged")
+    with pytest.raises(BackendError, match=r"a process that loads .* failed: .*decoder\.onnx"):
+        footprint(engine_copy, "onnxruntime", "cpu", None, Case(1, 2, True))
