@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,24 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
         found = compare(engine, reference, images=72, seed=31337)
     assert found.top1 >= top1
     assert found.psnr is not None and found.psnr >= psnr
+
+
+def test_kernels_that_saturate(precisions: dict[str, Path], tmp_path: Path) -> None:
+    """A CPU without VNNI, as OpenVINO's kernels take it from this variable, adds pairs of 8-bit products in too few bits."""
+
+    def draw(backend: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; from enat.runtime.cli import main; main(sys.argv[1:])"
+        asked = ["--engine", str(precisions["int8"]), "--class", "A", "--out", str(tmp_path / "a.png"), "--backend", backend]
+        return subprocess.run(
+            [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        )
+
+    refusal = draw("openvino", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert refusal.returncode == 1 and not (tmp_path / "a.png").exists()
+    assert "int8 kernels overflow" in refusal.stderr and "--backend onnxruntime has" in refusal.stderr
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "avx512_vnni" in flags or "avx_vnni" in flags:
+        assert draw("openvino").returncode == 0
 
 
 def test_encode_and_previews(openvino: Pipeline, reference: Pipeline) -> None:

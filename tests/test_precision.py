@@ -34,6 +34,7 @@ from enat.export.tables import int8_probe
 from enat.export.verify_cli import main as verify_main
 from enat.graph_file import save
 from enat.runtime.backends import onnxruntime_cpu
+from enat.runtime.backends.int8_kernels import PROBE
 from enat.runtime.manifest import FILE, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
@@ -280,7 +281,7 @@ def test_the_manifest_says_how(int8: Path) -> None:
 
 def test_the_probe_is_what_its_source_says(tmp_path: Path) -> None:
     save(int8_probe(), tmp_path / "probe.onnx")
-    assert (tmp_path / "probe.onnx").read_bytes() == onnxruntime_cpu.PROBE.read_bytes()
+    assert (tmp_path / "probe.onnx").read_bytes() == PROBE.read_bytes()
 
 
 def test_the_probe_tells_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:

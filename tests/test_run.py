@@ -72,6 +72,27 @@ def test_replay_with_another_engine_or_of_another_file(run: Run, engines: Callab
     assert not Path("b.png").exists()
 
 
+def test_the_backend_is_named_and_taken_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends round differently: what was begun with one is made again, and gone on with, by the same."""
+    monkeypatch.setenv("ENAT_CACHE", "")
+    asked = ("--class", "1-2", "--seed", 5)
+    assert "backend auto: onnxruntime\n" in run(*asked, "--grid", "--out", "auto.png").stderr  # of a network so small
+    assert "backend auto" not in run(*asked, "--grid", "--out", "a.png", "--backend", "openvino").stderr
+    assert run(*asked, "--out", "folder", "--backend", "openvino").exit_code == 0
+    assert [read_metadata(Path(name))["backend"] for name in ("auto.png", "a.png")] == ["onnxruntime", "openvino"]
+    replay = run("--replay", "a.png", "--out", "again.png")
+    assert "backend auto" not in replay.stderr and Path("again.png").read_bytes() == Path("a.png").read_bytes()
+    first = next(Path("folder").glob("*.png"))
+    before = first.read_bytes()
+    first.unlink()
+    assert run(*asked, "--out", "folder", "--resume").exit_code == 0
+    assert first.read_bytes() == before
+    refused(run(*asked, "--out", "folder", "--resume", "--backend", "onnxruntime"), "has other backend")
+    record = Path("folder", "run.json")
+    record.write_text(record.read_text().replace("openvino", "tensorrt"))  # begun on a GPU: here there is none to choose
+    refused(run(*asked, "--out", "folder", "--resume"), "has other backend")
+
+
 def test_a_sheet_has_a_row_a_class(run: Run) -> None:
     assert run("--class", 1, "--class", 4, "--num", 3, "--seed", 0, "--grid", "--out", "a.png").exit_code == 0
     with Image.open("a.png") as image:

@@ -9,29 +9,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 
 from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array
+from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .numpy_lane import NumpyLane
 from .sessions import Sessions, first_line
-
-SAFE_WEIGHT_BITS = 7
-PROBE = Path(__file__).parent / "int8_probe.onnx"
 
 
 @functools.cache
 def int8_saturates() -> bool:
-    """Whether this machine's kernels for unsigned times signed 8-bit numbers lose sums beyond 16 bits: tried, not looked up."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = ort.InferenceSession(PROBE, options, providers=["CPUExecutionProvider"])
-    (x,) = session.get_inputs()
-    (y,) = session.run(None, {x.name: np.full(x.shape, 127, np.float32)})
-    return bool((y != x.shape[1] * 127**2).any())
+    return saturate(lambda x: session.run(None, {"x": x})[0])
 
 
 class OnnxRuntimeBackend(NumpyLane):
@@ -49,15 +43,9 @@ class OnnxRuntimeBackend(NumpyLane):
         # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         self.options.add_session_config_entry("session.force_spinning_stop", "1")
         self.options.log_severity_level = 3
-        if manifest.precision == "int8" and manifest.weight_bits > SAFE_WEIGHT_BITS and int8_saturates():
-            # Slower kernels, but right ones.
+        if too_wide(manifest, int8_saturates):
             self.options.add_session_config_entry("session.x64quantprecision", "1")
-            warnings.warn(
-                f"{manifest.folder}: this CPU's fast int8 kernels overflow (it has no VNNI), so slower ones are used; "
-                f"an engine made with --weight-bits {SAFE_WEIGHT_BITS} runs on the fast ones",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=2)
         self.sessions = Sessions(self.path, self.options, ["CPUExecutionProvider"], "CPUExecutionProvider")
 
     def path(self, graph: str) -> Path:

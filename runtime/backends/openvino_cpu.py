@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 import threading
@@ -18,10 +19,17 @@ from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array
 from .device import output_shapes
+from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .numpy_lane import NumpyLane
 from .openvino_graphs import rewrite
 
 CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
+
+
+@functools.cache
+def int8_saturates() -> bool:
+    probe = ov.Core().compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return saturate(lambda x: probe(x)[0])
 
 
 class OpenVinoBackend:
@@ -45,6 +53,8 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
+        if too_wide(manifest, int8_saturates):
+            raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
         folder = cache_folder(manifest)
