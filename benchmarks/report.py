@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..runtime.pictures import WholeFile
 from .footprint import Footprint
 from .measure import Case, Measurement
 
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder")
+LEGEND: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 5, "fontsize": 8, "frameon": False}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -94,7 +96,7 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
     speed.set(xlabel="pictures a second" + (f" (× {compared[0]})" if compared else ""))
     speed.margins(x=0.18)
     speed.invert_yaxis()
-    speed.legend(fontsize=8)
+    speed.legend(**LEGEND)
     rows = [f"{one.name}, {title(case[0].case)}" for case, one in engines]
     left = [0.0] * len(engines)
     for graph in GRAPHS:
@@ -105,7 +107,7 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
     parts.set_yticks(range(len(engines)), rows, fontsize=8)
     parts.set(xlabel="milliseconds a picture")
     parts.invert_yaxis()
-    parts.legend(fontsize=8)
+    parts.legend(**LEGEND)
     with WholeFile(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())
     plt.close(figure)

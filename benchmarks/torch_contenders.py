@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from ..export.graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph
 from ..export.verify import reference_sampler
 from ..models.checkpoint import check_match, load_network, load_tokenizer
@@ -112,12 +115,18 @@ class CompiledBackend:
 
 
 def torch_contender(kind: str, models: TorchModels, pipeline: Pipeline) -> Reference | Engine:
-    """kind: "reference" in float32, "compile-bfloat16", …; pipeline: of the engine whose schedule and sizes are used."""
+    """kind: "reference" in float32, "compile-bfloat16", …; pipeline: of the engine whose schedule and sizes are used.
+
+    Raises BackendError where torch.compile lacks what it needs.
+    """
     name, _, precision = kind.partition("-")
     dtype = getattr(torch, precision) if precision else None
     label = f"{'torch.compile' if name == 'compile' else name}, {precision or 'float32'}"
     if name == "reference":
         return Reference(label, models, pipeline.schedule, dtype)
+    compiler = os.environ.get("CXX", "g++")
+    if models.device.type == "cpu" and not shutil.which(compiler):
+        raise BackendError(f"torch.compile needs a C++ compiler, and {compiler} is not there; install one, or name it in CXX")
     return Engine(label, Pipeline(pipeline.manifest, CompiledBackend(models, dtype)))
 
 

@@ -166,6 +166,8 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     (engine_copy / "manifest.json").write_text(without_images(engine_copy))
     (engine_copy / "image_decoder.onnx").unlink()
     refused(bench("--engine", engine_copy), "has no image decoder; --tokens measures it without")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(bench(*engine, "--compare", "compile", *with_torch()), "no-such-compiler is not there", code=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(bench(*engine, "--plot", tmp_path / "chart.png"), "pip install 'enat[plot]'")
 

@@ -54,7 +54,7 @@ class OnnxRuntimeBackend(NumpyLane):
     def lease(self) -> AbstractContextManager[OnnxRuntimeBackend]:
         return contextlib.nullcontext(self)
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
+    def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         session = self.sessions.get(graph)
         try:
             return session.run(None, dict(inputs))

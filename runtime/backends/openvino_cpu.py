@@ -108,7 +108,7 @@ class OpenVinoLane(NumpyLane):
         outputs = self.backend.compile("condition").outputs
         return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
+    def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
         request = self.request(graph)
         shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}

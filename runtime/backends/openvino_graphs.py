@@ -29,13 +29,14 @@ def keep_keys_in_rows(product: Any) -> None:
 
     OpenVINO moves single numbers for the first form. On two cores an encoder with much context took 10 % longer for it.
     """
-    keys = product.input_value(1).get_node()
-    if keys.get_type_name() == "Transpose" and constant_behind(keys.input_value(1)).tolist() == [0, 2, 3, 1]:
+    keys, crosswise = product.input_value(1).get_node(), product.get_attributes()["transpose_b"]
+    if keys.get_type_name() != "Transpose" or crosswise:
+        return
+    order = constant_behind(keys.input_value(1))
+    if order is not None and order.tolist() == [0, 2, 3, 1]:
         rows = ops.transpose(keys.input_value(0), integers(0, 2, 1, 3))
-        attributes = product.get_attributes()
-        if not attributes["transpose_b"]:
-            changed = ops.matmul(product.input_value(0), rows, attributes["transpose_a"], True)
-            product.output(0).replace(changed.output(0))
+        changed = ops.matmul(product.input_value(0), rows, product.get_attributes()["transpose_a"], True)
+        product.output(0).replace(changed.output(0))
 
 
 def spell_out_group_norm(normalization: Any) -> None:
@@ -54,7 +55,10 @@ def spell_out_group_norm(normalization: Any) -> None:
         return
     channels, groups = (value.get_partial_shape()[1].get_length() for value in (x, split.output(0)))
     size = channels // groups
-    scale, shift = (constant_behind(node.input_value(1)).reshape(1, groups, 1) for node in (scaled, shifted))
+    scale, shift = (constant_behind(node.input_value(1)) for node in (scaled, shifted))
+    if scale is None or shift is None:
+        return
+    scale, shift = scale.reshape(1, groups, 1), shift.reshape(1, groups, 1)
 
     def group_means(values: Any) -> Any:
         """[batch, channels, height, width] → [batch, groups, 1]"""
@@ -80,12 +84,12 @@ def reader(node: Any, kind: str) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def constant_behind(value: Any) -> NDArray[Any]:
-    """The constant that a value is, or was brought into its shape from."""
+def constant_behind(value: Any) -> NDArray[Any] | None:
+    """The constant that a value is, or was brought into its shape from; None where it is computed."""
     node = value.get_node()
     while node.get_type_name() in ("Reshape", "Unsqueeze"):
         node = node.input_value(0).get_node()
-    return np.array(node.data)
+    return np.array(node.data) if node.get_type_name() == "Constant" else None
 
 
 def integers(*values: int) -> Any:
