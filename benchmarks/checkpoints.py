@@ -5,12 +5,14 @@ python -m enat.benchmarks.checkpoints --out work/l        # nnet_ema.pth (2.3 GB
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
 import torch
 from torch import Tensor, nn
 
+from ..models.checkpoint import HEAD_DIM
 from ..models.network import Network, NetworkConfig
 from ..models.tokenizer import Tokenizer, TokenizerConfig
 
@@ -52,9 +54,12 @@ def write_checkpoints(folder: Path, network: NetworkConfig = ENAT_L_256, tokeniz
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(out: Path) -> None:
-    """Write random checkpoints of the published sizes."""
-    for path in write_checkpoints(out):
+@click.option("--dim", default=ENAT_L_256.dim, show_default=True, help="Width of the network, in heads of 64.")
+@click.option("--encoder-depth", default=ENAT_L_256.encoder_depth, show_default=True, help="Blocks that encode; two decode.")
+def main(out: Path, dim: int, encoder_depth: int) -> None:
+    """Write random checkpoints, by default of the published sizes."""
+    network = dataclasses.replace(ENAT_L_256, dim=dim, heads=dim // HEAD_DIM, encoder_depth=encoder_depth)
+    for path in write_checkpoints(out, network):
         click.echo(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
 
 
