@@ -80,7 +80,7 @@ def main(
         check_writable(plot)
         with needs("plot", "--plot"):
             import matplotlib  # noqa: F401
-    batches = parse_numbers("--batch", batch_text)
+    batches = tuple(dict.fromkeys(parse_numbers("--batch", batch_text)))
     if min(batches) < 1:
         raise InputError(f"--batch: expected 1 or more pictures, got {min(batches)}")
     compared = tuple(dict.fromkeys(compared))
@@ -89,7 +89,7 @@ def main(
     cases = [
         Case(batch, steps, not tokens)
         for steps in parse_numbers("--steps", steps_text) or (first.manifest.sampling.steps,)
-        for batch in dict.fromkeys(batches)
+        for batch in batches
     ]
     for case in cases:
         schedules = [one.pipeline.schedule(case.steps) for one in pipes]  # refuses what is out of range
@@ -103,7 +103,7 @@ def main(
     work = len(pipes) * len(batches) + len(cases) * (len(pipes) * (1 + warmup + repeats) + len(compared) * (warmup + repeats))
     with progress_bar(work, "batch") as bar:
         for one in pipes:  # each in a process of its own
-            for case in cases[: len(set(batches))]:
+            for case in cases[: len(batches)]:  # with the first number of steps
                 folder, backend = one.pipeline.manifest.folder, one.pipeline.backend.name
                 taken.setdefault(one.name, {})[case] = footprint(folder, backend, device, threads, case)
                 bar.update()

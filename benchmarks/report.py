@@ -80,10 +80,9 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
     names = [one.name for one in cases[0]]
     engines = [(case, one) for case in cases for one in case if one.graphs]
     heights = (0.3 + 0.3 * len(names) * len(cases), 0.6 + 0.3 * len(engines))
-    figure, axes = plt.subplots(
-        2, 1, figsize=(10, 1.6 + sum(heights)), layout="constrained", squeeze=False, gridspec_kw={"height_ratios": heights}
+    figure, (speed, parts) = plt.subplots(
+        2, 1, figsize=(10, 1.6 + sum(heights)), layout="constrained", gridspec_kw={"height_ratios": heights}
     )
-    speed, parts = axes[:, 0]
     figure.suptitle(heading, fontsize=9)
     bar = 0.8 / len(cases)
     for number, case in enumerate(cases):
