@@ -13,7 +13,7 @@ import click
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.command import Command, needs, parse_numbers
-from ..runtime.pictures import check_writable
+from ..runtime.files import check_writable
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import progress_bar
 from .footprint import Footprint, footprint

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.pictures import WholeFile
+from ..runtime.files import WholeFile
 from .footprint import Footprint
 from .measure import Case, Measurement
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError, InputError
+from ..runtime.files import WholeFile
 from ..runtime.manifest import Manifest
-from ..runtime.pictures import WholeFile
 from ..runtime.pipeline import image_seeds
 from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step

@@ -28,8 +28,8 @@ from ..calibration.trajectory import Trajectory, record, spread_labels
 from ..errors import ExportError, InputError
 from ..graph_file import save
 from ..runtime.classes import parse_classes
+from ..runtime.files import check_writable
 from ..runtime.manifest import FILE, read_manifest
-from ..runtime.pictures import check_writable
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import progress_bar
 from .compare import Comparison, compare

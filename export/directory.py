@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError, reason
+from ..runtime.files import check_writable
 from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
-from ..runtime.pictures import check_writable
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

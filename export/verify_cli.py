@@ -14,7 +14,8 @@ from ..errors import ExportError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.classes import parse_classes
 from ..runtime.command import Command, needs
-from ..runtime.pictures import IMAGE_SUFFIXES, Images, WholeFile, check_writable, save_image, sheet
+from ..runtime.files import WholeFile, check_writable
+from ..runtime.pictures import IMAGE_SUFFIXES, Images, save_image, sheet
 from ..runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

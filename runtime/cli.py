@@ -15,8 +15,9 @@ from ..errors import InputError
 from .backends import BACKENDS
 from .classes import parse_classes
 from .command import Command
+from .files import check_writable
 from .outputs import RUN_RECORD, Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
-from .pictures import IMAGE_SUFFIXES, check_writable, read_metadata
+from .pictures import IMAGE_SUFFIXES, read_metadata
 from .pipeline import BATCH_SIZE, Pipeline, image_seeds
 from .progress import progress_bar
 

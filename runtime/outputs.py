@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .files import WholeFile
 from .pictures import (
     IMAGE_SUFFIXES,
     METADATA_KEY,
     Images,
-    WholeFile,
     save_gif,
     save_image,
     save_npz,

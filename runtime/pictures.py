@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import InputError
+from .files import WholeFile
 
 Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
 
@@ -97,41 +96,6 @@ def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any])
 
 def metadata_file(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def check_writable(path: Path) -> None:
-    """Raises InputError where `path` can't be written, before any work is done for it."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise InputError(f"{path}: cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{path}: cannot be written: no permission")
-
-
-class WholeFile:
-    """`with WholeFile(path) as partial`: what is written to `partial` appears at `path` at the end, or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Path:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
-        os.close(handle)
-        self.partial = Path(name)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            self.partial.chmod(0o666 & ~umask)
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +19,20 @@ import openvino as ov
 import pytest
 from click.testing import CliRunner
 from conftest import refused
+from numpy.typing import NDArray
 
 from enat import Pipeline
 from enat.errors import BackendError, InputError
 from enat.export.compare import compare
 from enat.export.convert import Precision, convert_engine
 from enat.runtime.backends import openvino_graphs
+from enat.runtime.backends.openvino_cache import GraphCache
+from enat.runtime.backends.openvino_cpu import OpenVinoBackend
 from enat.runtime.cli import main
 from enat.runtime.pipeline import BUNDLED_ENGINE, Preview
 
 CLASSES = range(36)
+GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder")  # that pictures need
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,10 +169,82 @@ def test_threads_share_a_pipeline(openvino: Pipeline) -> None:
         assert (pictures == openvino.generate([seed], seed=seed)).all()
 
 
-def test_compiled_graphs_are_kept(openvino: Pipeline, cache: Path) -> None:
+def draw_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
+    monkeypatch.setenv("ENAT_CACHE", str(folder))
+    with Pipeline.load(backend="openvino") as pipeline:
+        return pipeline.generate([1, 2], seed=0)
+
+
+def test_compiled_graphs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, openvino: Pipeline) -> None:
+    wanted = draw_in(tmp_path, monkeypatch)
+    folder = tmp_path / "openvino" / openvino.manifest.hash[:16]
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} == set(GRAPHS)
+    with monkeypatch.context() as without:
+        without.delattr(OpenVinoBackend, "compile")
+        assert (draw_in(tmp_path, monkeypatch) == wanted).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_damaged_files_of_the_cache_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, openvino: Pipeline, share: float
+) -> None:
+    wanted = draw_in(cache, monkeypatch)
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    files = [file for graph in GRAPHS for file in (tmp_path / "openvino" / openvino.manifest.hash[:16]).glob(f"{graph}-*.blob")]
+    sizes = {file: file.stat().st_size for file in files}
+    assert len(sizes) == len(GRAPHS)
+    for file, size in sizes.items():
+        os.truncate(file, int(share * size))
+    assert (draw_in(tmp_path, monkeypatch) == wanted).all()
+    assert all(file.stat().st_size > share * size for file, size in sizes.items())
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    wanted = draw_in(cache, monkeypatch)
+
+    def write(path: Path, data: bytes) -> int:
+        path.open("wb").write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.warns(RuntimeWarning, match="encoder-.*blob: not kept, it is compiled again at the next start: .*No space left"):
+        assert (draw_in(tmp_path, monkeypatch) == wanted).all()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_decides_whether_a_kept_graph_is_taken(monkeypatch: pytest.MonkeyPatch, openvino: Pipeline) -> None:
+    manifest = openvino.manifest
+    keys = [GraphCache(ov.Core(), manifest, precision).key for precision in ("f32", "f32", "bf16")]
+    keys.append(GraphCache(ov.Core(), replace(manifest, hash="another"), "f32").key)
+    monkeypatch.setattr(ov, "__version__", "another")
+    keys.append(GraphCache(ov.Core(), manifest, "f32").key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is looked at as Linux tells it")
+def test_pages_of_the_cache_are_given_back(openvino: Pipeline) -> None:
     openvino.generate([1], seed=0)
-    folder = cache / "openvino" / openvino.manifest.hash[:16]
-    assert len(list(folder.glob("*.blob"))) >= 5
+    resident, size, inside = 0, 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            inside = line.endswith(".blob")
+        elif inside and words[0] in ("Size:", "Rss:"):
+            size, resident = size + int(words[1]) * (words[0] == "Size:"), resident + int(words[1]) * (words[0] == "Rss:")
+    assert 4 * resident < size
+
+
+def test_closed_while_in_use(cache: Path) -> None:
+    with Pipeline.load(backend="openvino") as pipeline:
+        wanted = pipeline.generate([1], seed=0)
+    pipeline = Pipeline.load(backend="openvino")
+
+    def close(step: int, steps: int, preview: Preview) -> None:
+        pipeline.close()
+        gc.collect()
+
+    assert (pipeline.generate([1], seed=0, callback=close) == wanted).all()
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,6 +265,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, engine_copy: Path) -> None:
     with pytest.raises(InputError, match="the backend openvino runs on cpu, got the device 'cuda:0'"):
         Pipeline.load(backend="openvino", device="cuda:0")
+    monkeypatch.setenv("ENAT_CACHE", "")
     with Pipeline.load(engine_copy, "openvino") as pipeline:
         (engine_copy / "encoder.onnx").write_bytes(b"damaged")
         with pytest.raises(BackendError, match=r"encoder\.onnx: OpenVINO .* cannot load it"):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import tempfile
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +17,12 @@ from . import Array
 from .device import output_shapes
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .numpy_lane import NumpyLane
+from .openvino_cache import CompiledGraph, GraphCache
 from .openvino_graphs import rewrite
 
-CACHE_VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 
-
-@functools.cache
-def int8_saturates() -> bool:
-    probe = ov.Core().compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def int8_saturates(core: ov.Core) -> bool:
+    probe = core.compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return saturate(lambda x: probe(x)[0])
 
 
@@ -53,14 +47,12 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
-        if too_wide(manifest, int8_saturates):
+        if too_wide(manifest, lambda: int8_saturates(self.core)):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
-        folder = cache_folder(manifest)
-        if folder:
-            self.options["CACHE_DIR"] = str(folder)
-        self.compiled: dict[str, Any] = {}
+        self.cache = GraphCache(self.core, manifest, self.options["INFERENCE_PRECISION_HINT"])
+        self.compiled: dict[str, CompiledGraph] = {}
         self.lock = threading.Lock()
         self.idle: list[OpenVinoLane] = []
 
@@ -74,17 +66,20 @@ class OpenVinoBackend:
             with self.lock:
                 self.idle.append(lane)
 
-    def compile(self, graph: str) -> Any:
-        """A graph's CompiledModel. Raises BackendError where OpenVINO cannot load it."""
+    def compiled_graph(self, graph: str) -> CompiledGraph:
+        """Raises BackendError where OpenVINO cannot load it."""
         with self.lock:
             if graph not in self.compiled:
                 path = self.manifest.path(f"{graph}.onnx")
                 try:
-                    model = self.core.read_model(path)
-                    self.compiled[graph] = self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
+                    self.compiled[graph] = self.cache.get(graph, self.options, lambda: self.compile(path))
                 except RuntimeError as error:
                     raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
             return self.compiled[graph]
+
+    def compile(self, path: Path) -> ov.CompiledModel:
+        model = self.core.read_model(path)
+        return self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
 
     def close(self) -> None:
         with self.lock:
@@ -97,19 +92,20 @@ class OpenVinoLane(NumpyLane):
 
     def __init__(self, backend: OpenVinoBackend) -> None:
         self.backend = backend
-        self.requests: dict[str, Any] = {}
+        self.requests: dict[str, tuple[Any, CompiledGraph]] = {}  # which reads the graph's file also after the backend was closed
 
-    def request(self, graph: str) -> Any:
+    def request(self, graph: str) -> tuple[Any, CompiledGraph]:
         if graph not in self.requests:
-            self.requests[graph] = self.backend.compile(graph).create_infer_request()
+            compiled = self.backend.compiled_graph(graph)
+            self.requests[graph] = compiled.model.create_infer_request(), compiled
         return self.requests[graph]
 
     def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
-        outputs = self.backend.compile("condition").outputs
+        outputs = self.backend.compiled_graph("condition").model.outputs
         return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
-        request = self.request(graph)
+        request, compiled = self.request(graph)
         shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
         try:
@@ -118,6 +114,7 @@ class OpenVinoLane(NumpyLane):
             for name, array in outputs.items():
                 request.set_tensor(name, tensor(array))
             request.infer()
+            compiled.give_back()
         except RuntimeError as error:
             raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
         return list(outputs.values())
@@ -133,21 +130,3 @@ def tensor(array: Array) -> Any:
     """OpenVINO's view of an array, without a copy; of nothing there is nothing to view."""
     dtype = np.dtype(array.dtype.name)  # OpenVINO does not know `long long`, though it is int64 too
     return ov.Tensor(np.asarray(array, order="C").view(dtype), shared_memory=True) if array.size else ov.Tensor(dtype, array.shape)
-
-
-def cache_folder(manifest: Manifest) -> Path | None:
-    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen == "":
-        return None
-    root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "enat")
-    folder = root / "openvino" / manifest.hash[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        if chosen:
-            raise InputError(f"{root}: the cache folder ({CACHE_VARIABLE}) cannot be written: {error.strerror}") from error
-        warnings.warn(f"{folder}: cannot be written ({error.strerror}); graphs are compiled at every start", RuntimeWarning, stacklevel=4)
-        return None
