@@ -57,14 +57,21 @@ class GraphCache:
         ]
         self.key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
+    def file(self, graph: str) -> Path | None:
+        return self.folder and self.folder / f"{graph}-{self.key}.blob"
+
+    def keeps(self, graph: str) -> bool:
+        file = self.file(graph)
+        return file is not None and file.is_file()
+
     def get(self, graph: str, options: Mapping[str, Any], compile_graph: Callable[[], Any]) -> CompiledGraph:
         """A graph from its file; where there is none that this OpenVINO takes, it is compiled and kept first.
 
         options: OpenVINO's, to run it with. Raises RuntimeError where OpenVINO cannot compile it.
         """
-        if self.folder is None:
+        file = self.file(graph)
+        if file is None:
             return CompiledGraph(compile_graph())
-        file = self.folder / f"{graph}-{self.key}.blob"
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # missing, empty, damaged
             return self.read(file, options)
         model = compile_graph()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache
 from .openvino_graphs import rewrite
 
+USED = ("condition", "decoder", "sampler", "encoder", "image_decoder")  # by a batch of pictures, in this order
+
 
 def int8_saturates(core: ov.Core) -> bool:
     probe = core.compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -27,7 +30,8 @@ def int8_saturates(core: ov.Core) -> bool:
 
 
 class OpenVinoBackend:
-    """Compiled graphs, each made when first run, and kept in a cache folder from then on.
+    """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read from the start,
+    beside what runs.
 
     fp16 engines run in bfloat16 where the CPU computes in it, else in float32. What 8-bit engines leave in float runs in float32.
     """
@@ -52,9 +56,13 @@ class OpenVinoBackend:
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
         self.cache = GraphCache(self.core, manifest, self.options["INFERENCE_PRECISION_HINT"])
-        self.compiled: dict[str, CompiledGraph] = {}
+        self.loader = ThreadPoolExecutor(2)  # its threads end with the backend
+        self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
         self.idle: list[OpenVinoLane] = []
+        for graph in USED:
+            if manifest.has(f"{graph}.onnx") and self.cache.keeps(graph):
+                self.load(graph)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[OpenVinoLane]:
@@ -66,16 +74,19 @@ class OpenVinoBackend:
             with self.lock:
                 self.idle.append(lane)
 
-    def compiled_graph(self, graph: str) -> CompiledGraph:
-        """Raises BackendError where OpenVINO cannot load it."""
+    def load(self, graph: str) -> Future[CompiledGraph]:
+        """Begins to load a graph, where that has not begun yet."""
         with self.lock:
-            if graph not in self.compiled:
-                path = self.manifest.path(f"{graph}.onnx")
-                try:
-                    self.compiled[graph] = self.cache.get(graph, self.options, lambda: self.compile(path))
-                except RuntimeError as error:
-                    raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
-            return self.compiled[graph]
+            if graph not in self.loading:
+                self.loading[graph] = self.loader.submit(self.load_now, graph)
+            return self.loading[graph]
+
+    def load_now(self, graph: str) -> CompiledGraph:
+        path = self.manifest.path(f"{graph}.onnx")
+        try:
+            return self.cache.get(graph, self.options, lambda: self.compile(path))
+        except RuntimeError as error:
+            raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
 
     def compile(self, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
@@ -84,7 +95,7 @@ class OpenVinoBackend:
     def close(self) -> None:
         with self.lock:
             self.idle.clear()
-            self.compiled.clear()
+            self.loading.clear()
 
 
 class OpenVinoLane(NumpyLane):
@@ -96,12 +107,12 @@ class OpenVinoLane(NumpyLane):
 
     def request(self, graph: str) -> tuple[Any, CompiledGraph]:
         if graph not in self.requests:
-            compiled = self.backend.compiled_graph(graph)
+            compiled = self.backend.load(graph).result()
             self.requests[graph] = compiled.model.create_infer_request(), compiled
         return self.requests[graph]
 
     def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
-        outputs = self.backend.compiled_graph("condition").model.outputs
+        outputs = self.backend.load("condition").result().model.outputs
         return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
