@@ -94,7 +94,7 @@ class CompiledBackend:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.models.device)
 
     def download(self, tensor: Tensor) -> Array:
-        return np.asarray(tensor.cpu().numpy())
+        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy())  # NumPy has no bfloat16
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         if graph == "condition":

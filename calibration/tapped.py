@@ -49,8 +49,8 @@ class TappedBackend(OnnxRuntimeBackend):
     def path(self, graph: str) -> Path:
         return self.folder / f"{graph}.onnx" if graph in self.replaced else super().path(graph)
 
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        outputs = super().run(graph, {**inputs, **self.extra_inputs.get(graph, {})})
+    def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        outputs = super().run_once(graph, {**inputs, **self.extra_inputs.get(graph, {})})
         names = self.taps.get(graph, ())
         own = len(outputs) - len(names)
         for name, value in zip(names, outputs[own:], strict=True):
@@ -77,9 +77,9 @@ def watch_runs(
         backend = TappedBackend(manifest, graphs, Path(folder), taps, watch)
         for one in trajectories:
             replay(backend, manifest, one)
-            for i in range(min(len(one.labels), pictures)):  # one by one: a picture's features are large
-                backend.run("image_decoder", {"tokens": one.tokens[i : i + 1], "positions": one.positions[i : i + 1]})
-                pictures -= 1
+            if pictures > 0:
+                backend.run("image_decoder", {"tokens": one.tokens[:pictures], "positions": one.positions[:pictures]})
+                pictures -= len(one.labels)
             bar.update(len(one.labels))
         backend.close()
 

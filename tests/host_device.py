@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime as ort
 
 from enat.runtime.backends import Array
-from enat.runtime.backends.device import ALIGNMENT, DeviceLane, DeviceMemoryError, DeviceTensor, Lanes
+from enat.runtime.backends.device import ALIGNMENT, DeviceMemoryError, DeviceTensor
+from enat.runtime.backends.device_lane import DeviceLane, Lanes
 from enat.runtime.backends.onnxruntime_cuda import OrtLane
 from enat.runtime.backends.sessions import Sessions
 from enat.runtime.manifest import Manifest

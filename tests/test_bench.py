@@ -149,6 +149,17 @@ def test_the_compiled_network_draws_the_same_tokens(engines: Engines) -> None:
         assert np.abs(pictures - pipe.decode(found)).max() <= 1
 
 
+@pytest.mark.slow
+def test_the_compiled_network_in_bfloat16(engines: Engines) -> None:
+    """Not even NumPy has numbers of that type."""
+    case = read_golden("tiny")
+    with Pipeline.load(engines("tiny")) as pipe:
+        contender = torch_contender("compile-bfloat16", TorchModels(case.ckpt, case.vqgan, pipe.manifest.model, "cpu"), pipe)
+        assert isinstance(contender, Engine)
+        graphs = [launch.graph for launch in contender.watch(Case(1, 2, True))]
+        assert graphs == ["condition", "decoder", "sampler", "encoder", "decoder", "sampler", "image_decoder"]
+
+
 def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ["--engine", engines("tiny")]
     refused(bench("--engine", tmp_path / "none"), "not an engine directory")

@@ -84,7 +84,7 @@ def test_records_of_many_shapes_share_memory(pipe: Pipeline, host: Pipeline) -> 
 
 
 def test_old_records_make_room_for_new_ones(pipe: Pipeline, host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("enat.runtime.backends.device.RECORDS", 2)
+    monkeypatch.setattr("enat.runtime.backends.device_lane.RECORDS", 2)
     for steps in (2, 3, 4, 2, 3, 4, 4, 4):
         assert (host.generate([1], seed=0, steps=steps) == pipe.generate([1], seed=0, steps=steps)).all()
     assert len(lane_of(host).kept) == 2

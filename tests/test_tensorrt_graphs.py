@@ -25,7 +25,7 @@ from enat.errors import InputError
 from enat.export.convert import Precision, convert_engine
 from enat.export.profiles import TOPK_LIMIT, graph_profiles
 from enat.export.tensorrt_graphs import prepare
-from enat.runtime.backends.device import output_shapes
+from enat.runtime.backends.contract import output_shapes
 from enat.runtime.builds import covering_profile
 from enat.runtime.manifest import Manifest, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE

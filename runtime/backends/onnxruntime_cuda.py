@@ -15,7 +15,8 @@ from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
 from .cuda import CudaDevice, device_index
-from .device import Device, DeviceLane, DeviceMemoryError, DeviceTensor, Lanes
+from .device import Device, DeviceMemoryError, DeviceTensor
+from .device_lane import DeviceLane, Lanes
 from .sessions import Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")

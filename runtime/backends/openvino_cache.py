@@ -78,11 +78,10 @@ class GraphCache:
         try:
             with WholeFile(file) as partial:
                 partial.write_bytes(model.export_model().getbuffer())
-        except (OSError, InputError) as error:
-            warnings.warn(f"{file}: not kept, it is compiled again at the next start: {error}", RuntimeWarning, stacklevel=2)
+            return self.read(file, options)  # it has the weights once, what was compiled twice
+        except (OSError, ValueError, RuntimeError, InputError) as error:
+            warnings.warn(f"{file}: not kept, it is compiled again at the next start: {reason(error)}", RuntimeWarning, stacklevel=2)
             return CompiledGraph(model)
-        del model  # it has the weights twice
-        return self.read(file, options)
 
     def read(self, file: Path, options: Mapping[str, Any]) -> CompiledGraph:
         """Raises OSError, ValueError or RuntimeError for a file that is missing, empty, or not what OpenVINO expects."""
@@ -108,3 +107,9 @@ def writable_folder(manifest: Manifest) -> Path | None:
             raise InputError(f"{root}: the cache folder ({VARIABLE}) cannot be written: {error.strerror}") from error
         warnings.warn(f"{folder}: cannot be written ({error.strerror}); graphs are compiled at every start", RuntimeWarning, stacklevel=5)
         return None
+
+
+def reason(error: Exception) -> str:
+    """What OpenVINO says behind the places in its sources that it was thrown from."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return (lines or [type(error).__name__])[0]

@@ -15,10 +15,10 @@ import openvino as ov
 from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array
-from .device import output_shapes
+from .contract import output_shapes
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .numpy_lane import NumpyLane
-from .openvino_cache import CompiledGraph, GraphCache
+from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
 
 USED = ("condition", "decoder", "sampler", "encoder", "image_decoder")  # by a batch of pictures, in this order
@@ -129,12 +129,6 @@ class OpenVinoLane(NumpyLane):
         except RuntimeError as error:
             raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
         return list(outputs.values())
-
-
-def reason(error: Exception) -> str:
-    """What OpenVINO says behind the places in its sources that it was thrown from."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
-    return (lines or [type(error).__name__])[0]
 
 
 def tensor(array: Array) -> Any:

@@ -17,7 +17,8 @@ from ..builds import Platform, choose_build, covering_profile
 from ..manifest import Manifest
 from . import Array, Program
 from .cuda import CudaDevice, device_facts, device_index
-from .device import Block, DeviceLane, DeviceMemoryError, DeviceTensor, Lanes, batch_of
+from .device import Block, DeviceMemoryError, DeviceTensor
+from .device_lane import DeviceLane, Lanes, batch_of
 
 CONTEXTS = 512  # that a lane keeps for single shapes; a recorded run of 8 steps needs 25
 

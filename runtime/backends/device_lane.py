@@ -1,0 +1,230 @@
+"""Lanes whose tensors stay on a device: memory used again in the order of one stream, and records of what was launched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import traceback
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import BackendError
+from ..manifest import Manifest
+from . import Array, Program
+from .contract import output_shapes
+from .device import ALIGNMENT, Arena, Device, DeviceMemoryError, DeviceTensor, NoDevice, rounded
+
+MEMORY_SHARE = 0.8  # of what is free that tensors may take: backends need some for themselves
+RECORDS = 16  # that a lane keeps; each holds a program's inputs and outputs
+
+
+@dataclass
+class Record:
+    """A program that ran once: its inputs, where they are kept, and from the second run on what launches it."""
+
+    inputs: dict[str, DeviceTensor]
+    launch: Callable[[], None] | None = None
+    outputs: Sequence[DeviceTensor] = ()
+
+
+class DeviceLane(ABC):
+    """One batch's tensors, memory and records on a device. Backends say how a graph is executed."""
+
+    records = True
+
+    def __init__(self, manifest: Manifest, device: Device) -> None:
+        self.manifest = manifest
+        self.device = device
+        self.arena = Arena(device, self.forget)
+        self.staging = np.empty(0, np.uint8)
+        self.kept: OrderedDict[Hashable, Record] = OrderedDict()
+        self.recording = False
+        self.dry = False  # nothing is launched, only memory counted
+
+    @abstractmethod
+    def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
+        """Launches a graph. NumPy arrays among the inputs are values that the host needs."""
+
+    @abstractmethod
+    def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the condition graph's outputs beyond the first axis."""
+
+    def new(self, shape: Sequence[int], dtype: Any) -> DeviceTensor:
+        dtype = np.dtype(dtype)
+        block = self.arena.take(math.prod(shape) * dtype.itemsize)
+        return DeviceTensor(block.address, tuple(map(int, shape)), dtype, block)
+
+    def upload(self, array: Array) -> DeviceTensor:
+        return self.upload_all({"": array})[""]
+
+    def upload_all(self, arrays: Mapping[str, Array]) -> dict[str, DeviceTensor]:
+        """All arrays in one copy."""
+        offsets, size = pack(arrays)
+        block = self.arena.take(size)
+        tensors = {name: DeviceTensor(block.address + offsets[name], array.shape, array.dtype, block) for name, array in arrays.items()}
+        self.refill(tensors, arrays)
+        return tensors
+
+    def refill(self, tensors: Mapping[str, DeviceTensor], arrays: Mapping[str, Array]) -> None:
+        """Copies arrays to where arrays of the same shapes were uploaded."""
+        offsets, size = pack(arrays)
+        self.device.synchronize()  # an earlier copy may still read the staging memory
+        staging = self.stage(size)
+        for name, array in arrays.items():
+            staging[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if size:
+            self.device.copy_in(min(tensor.address for tensor in tensors.values()), staging[:size])
+
+    def stage(self, size: int) -> Array:
+        if len(self.staging) < size:
+            self.staging = self.device.pinned(rounded(size))
+        return self.staging
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        staging = self.stage(tensor.nbytes)[: tensor.nbytes]
+        if tensor.nbytes:
+            self.device.copy_out(staging, tensor.address)
+        self.device.synchronize()
+        return staging.copy().view(tensor.dtype).reshape(tensor.shape)
+
+    def first_rows(self, tensor: DeviceTensor, rows: int) -> DeviceTensor:
+        return DeviceTensor(tensor.address, (rows, *tensor.shape[1:]), tensor.dtype, tensor.block)
+
+    def concatenate(self, tensors: Sequence[DeviceTensor]) -> DeviceTensor:
+        first = tensors[0]
+        result = self.new((first.shape[0], sum(one.shape[1] for one in tensors), *first.shape[2:]), first.dtype)
+        pitch, offset = row_bytes(result), 0
+        for one in tensors:
+            width = row_bytes(one)
+            if one.nbytes:
+                self.device.copy_rows(result.address + offset, pitch, one.address, width, width, one.shape[0])
+            offset += width
+        return result
+
+    def run(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> list[DeviceTensor]:
+        shapes = output_shapes(self.manifest, graph, inputs, self.modulation_shapes)
+        outputs = {name: self.new(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        if not self.dry:
+            self.execute(graph, inputs, outputs)
+        return list(outputs.values())
+
+    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        try:
+            if key is None or not self.records:
+                return [self.download(tensor) for tensor in program(self.upload_all(arrays))]
+            return self.replay(key, arrays, program)
+        except DeviceMemoryError as error:
+            found = str(error)
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+        self.forget()
+        raise BackendError(f"{found}; {self.advice(arrays, program)}")
+
+    def replay(self, key: Hashable, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        """Runs a program the first time, records it the second time, and launches the record from then on.
+
+        The first run makes everything that a record may not: executions for new shapes, memory.
+        """
+        if key not in self.kept:
+            while len(self.kept) >= RECORDS:
+                self.kept.popitem(last=False)
+            inputs = self.upload_all(arrays)
+            result = [self.download(tensor) for tensor in program(inputs)]
+            self.kept[key] = Record(inputs)
+            return result
+        record = self.kept[key]
+        self.kept.move_to_end(key)
+        self.refill(record.inputs, arrays)
+        if record.launch is None:
+
+            def launch() -> None:
+                record.outputs = program(record.inputs)
+
+            self.recording = True
+            try:
+                record.launch = self.device.record(launch)
+            except BaseException:
+                del self.kept[key]
+                raise
+            finally:
+                self.recording = False
+        record.launch()
+        return [self.download(tensor) for tensor in record.outputs]
+
+    def forget(self) -> bool:
+        """Drops all records, so that memory may be given back; not while one is being made."""
+        if not self.recording:
+            self.kept.clear()
+        return not self.recording
+
+    def advice(self, arrays: Mapping[str, Array], program: Program) -> str:
+        """Which batch would fit, by what the program's tensors take together at their peak."""
+        self.arena.free_unused()
+        available = self.device.free_memory() + self.arena.total
+        counter = NoDevice()
+        mine = self.device, self.arena, self.staging
+        self.device, self.arena, self.dry = counter, Arena(counter), True
+        try:
+            program(self.upload_all(arrays))
+        finally:
+            (self.device, self.arena, self.staging), self.dry = mine, False
+        batch = batch_of(arrays)
+        fitting = min(int(MEMORY_SHARE * batch * available / counter.peak), batch // 2)
+        found = f"{batch} at once need more than {counter.peak / 2**20:.0f} MiB, {available / 2**20:.0f} MiB are free"
+        return f"{found}; a batch of {fitting} fits" if fitting else f"{found}; not even one fits"
+
+    def close(self) -> None:
+        self.forget()
+        self.arena.free_unused()
+        self.device.close()
+
+
+class Lanes:
+    """A backend's lanes: one for each batch in flight, made when first needed."""
+
+    def __init__(self, make: Callable[[], DeviceLane], count: int) -> None:
+        self.make = make
+        self.places: queue.LifoQueue[DeviceLane | None] = queue.LifoQueue()
+        for _ in range(count):
+            self.places.put(None)
+        self.made: list[DeviceLane] = []
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[DeviceLane]:
+        lane = self.places.get()
+        try:
+            if lane is None:
+                lane = self.make()
+                self.made.append(lane)
+            lane.device.enter()
+            yield lane
+        finally:
+            self.places.put(lane)
+
+    def close(self) -> None:
+        for lane in self.made:
+            lane.close()
+        self.made.clear()
+
+
+def batch_of(arrays: Mapping[str, Array]) -> int:
+    """How many images a program is about, by what it begins with."""
+    return len(arrays["images" if "images" in arrays else "positions"])
+
+
+def pack(arrays: Mapping[str, Array]) -> tuple[dict[str, int], int]:
+    """Offsets of arrays that lie one after the other in memory, and the bytes of all."""
+    offsets, size = {}, 0
+    for name, array in arrays.items():
+        offsets[name] = size
+        size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
+def row_bytes(tensor: DeviceTensor) -> int:
+    return math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
