@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 from ..errors import InputError
@@ -36,9 +37,22 @@ class WholeFile:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            self.partial.chmod(0o666 & ~umask)
-            self.partial.replace(self.path)
+            try:
+                self.partial.chmod(0o666 & ~umask())
+                self.partial.replace(self.path)
+            except BaseException:
+                self.partial.unlink(missing_ok=True)
+                raise
         else:
             self.partial.unlink(missing_ok=True)
+
+
+UMASK = threading.Lock()
+
+
+def umask() -> int:
+    """What new files are not allowed; the system tells it only when it is set."""
+    with UMASK:
+        found = os.umask(0)
+        os.umask(found)
+    return found

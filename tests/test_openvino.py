@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,17 @@ import pytest
 from click.testing import CliRunner
 from conftest import refused
 from numpy.typing import NDArray
+from openvino import opset13 as ops
 
 from enat import Pipeline
-from enat.errors import BackendError, InputError
+from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
 from enat.export.convert import Precision, convert_engine
-from enat.runtime.backends import openvino_graphs
+from enat.runtime.backends import openvino_cache, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import OpenVinoBackend
 from enat.runtime.cli import main
+from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE, Preview
 
 CLASSES = range(36)
@@ -140,6 +143,29 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     assert not left["MVN"]
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])
+def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
+    """Values that need few of the 256 steps, far from 0: what comes out is taken into 256 steps of some 0.03 again."""
+    channels, groups, side, zero, step, epsilon = 16, 4, 64, 128, 0.01, 1e-6
+    rng = np.random.default_rng(0)
+    codes = rng.normal(mean, deviation, (2, channels, side, side)).round().clip(0, 255).astype(np.uint8)
+    scale, shift = rng.normal(size=(2, 1, groups, 1)).astype(np.float32)
+
+    given = ops.parameter([-1, channels, side, side], np.uint8)
+    x = ops.multiply(ops.subtract(ops.convert(given, "f32"), np.float32(zero)), np.float32(step))
+    normalized = ops.mvn(ops.reshape(x, [0, groups, -1], True), [2], True, epsilon, "inside_sqrt")
+    y = ops.reshape(ops.add(ops.multiply(normalized, scale), shift), [0, channels, side, side], True)
+    model = ov.Model([y], [given])
+    for node in of_kind(model, "MVN"):
+        openvino_graphs.spell_out_group_norm(node)
+    assert not of_kind(model, "MVN")
+    found = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(codes)[0]
+
+    values = ((codes - float(zero)) * step).reshape(2, groups, -1)
+    wanted = (values - values.mean(2, keepdims=True)) / np.sqrt(values.var(2, keepdims=True) + epsilon) * scale + shift
+    assert np.abs(found - wanted.reshape(found.shape)).max() < 5e-3
+
+
 def of_kind(model: ov.Model, kind: str) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
 
@@ -211,19 +237,45 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write)
-    with pytest.warns(RuntimeWarning, match="encoder-.*blob: not kept, it is compiled again at the next start: .*No space left"):
+    with pytest.warns(RuntimeWarning, match="encoder-.*blob: not usable, the graph is compiled again at the next start: the disk is full"):
         assert (draw_in(tmp_path, monkeypatch) == wanted).all()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_decides_whether_a_kept_graph_is_taken(monkeypatch: pytest.MonkeyPatch, openvino: Pipeline) -> None:
-    manifest = openvino.manifest
-    keys = [GraphCache(ov.Core(), manifest, precision).key for precision in ("f32", "f32", "bf16")]
-    keys.append(GraphCache(ov.Core(), replace(manifest, hash="another"), "f32").key)
-    monkeypatch.setattr(ov, "__version__", "another")
-    keys.append(GraphCache(ov.Core(), manifest, "f32").key)
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 4
+    core, manifest = ov.Core(), openvino.manifest
+
+    def key(manifest: Manifest = manifest, **options: Any) -> str | None:
+        file = GraphCache(core, manifest, {"INFERENCE_PRECISION_HINT": "f32", **options}).file("encoder")
+        return file and file.name
+
+    assert key() is not None and key() == key(INFERENCE_NUM_THREADS=1)
+    keys = [key(), key(replace(manifest, hash="another")), key(INFERENCE_PRECISION_HINT="bf16")]
+    for module, name, value in ((ov, "__version__", "another"), (openvino_cache, "rewrites", lambda: "another")):
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, value)
+            keys.append(key())
+    core = SimpleNamespace(get_property=lambda device, name: "another")  # type: ignore[assignment]
+    keys.append(key())
+    assert len(set(keys)) == 6
+
+
+def test_graphs_that_are_not_the_manifests_are_not_kept(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Large files are not hashed at every load, and a graph compiled from a damaged one would outlive its repair."""
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
+    file = engine_copy / "encoder.onnx"
+    right = file.read_bytes()
+    file.write_bytes(right[:-2000] + bytes(1000) + right[-1000:])
+    with Pipeline.load(engine_copy, "openvino") as pipeline:
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"encoder\.onnx: sha256 .* the file was altered"):
+                pipeline.generate([1], seed=0)
+        assert not list((tmp_path / "cache").rglob("encoder-*"))
+        file.write_bytes(right)
+        found = pipeline.generate([1], seed=0).astype(int)
+    with Pipeline.load(engine_copy, "onnxruntime") as reference:
+        assert np.abs(found - reference.generate([1], seed=0)).max() <= 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is looked at as Linux tells it")

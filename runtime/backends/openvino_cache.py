@@ -7,7 +7,9 @@ the kernels have packed them. Here the manifest's hash stands for the graphs, an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import mmap
 import os
 import tempfile
@@ -20,8 +22,9 @@ import numpy as np
 import openvino as ov
 
 from ...errors import InputError
+from ...errors import reason as system_reason
 from ..files import WholeFile
-from ..manifest import Manifest
+from ..manifest import Manifest, check_file
 from . import openvino_graphs
 
 VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
@@ -44,51 +47,63 @@ class CompiledGraph:
 class GraphCache:
     """Compiled graphs of one engine."""
 
-    def __init__(self, core: ov.Core, manifest: Manifest, precision: str) -> None:
-        """precision: OpenVINO's name of what floats are computed in."""
-        self.core = core
+    def __init__(self, core: ov.Core, manifest: Manifest, options: Mapping[str, Any]) -> None:
+        """options: OpenVINO's, to run graphs with."""
+        self.core, self.manifest, self.options = core, manifest, dict(options)
         self.folder = writable_folder(manifest)
-        made_of = [
-            manifest.hash,
-            precision,
-            ov.__version__,
-            Path(openvino_graphs.__file__).read_text("utf-8"),
-            *(str(core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")),
-        ]
-        self.key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
 
     def file(self, graph: str) -> Path | None:
-        return self.folder and self.folder / f"{graph}-{self.key}.blob"
+        """Where a graph is kept, by all that decides how it is compiled."""
+        if self.folder is None:
+            return None
+        made_of = [
+            self.manifest.hash,
+            ov.__version__,
+            rewrites(),
+            *(f"{name}={value}" for name, value in sorted(self.options.items()) if name != "INFERENCE_NUM_THREADS"),
+            *(str(self.core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")),
+        ]
+        return self.folder / f"{graph}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.blob"
 
     def keeps(self, graph: str) -> bool:
         file = self.file(graph)
         return file is not None and file.is_file()
 
-    def get(self, graph: str, options: Mapping[str, Any], compile_graph: Callable[[], Any]) -> CompiledGraph:
+    def get(self, graph: str, compile_graph: Callable[[], Any]) -> CompiledGraph:
         """A graph from its file; where there is none that this OpenVINO takes, it is compiled and kept first.
 
-        options: OpenVINO's, to run it with. Raises RuntimeError where OpenVINO cannot compile it.
+        Raises RuntimeError where OpenVINO cannot compile it, EngineError where its files are not those that the manifest lists.
         """
         file = self.file(graph)
         if file is None:
             return CompiledGraph(compile_graph())
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # missing, empty, damaged
-            return self.read(file, options)
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # missing, cut short, unreadable
+            return self.read(file)
+        for name, entry in self.manifest.files.items():
+            if name.startswith(f"{graph}.onnx"):  # large files are not hashed at load: what is wrong must not be kept
+                check_file(self.manifest.folder, name, entry, verify=True)
         model = compile_graph()
         try:
             with WholeFile(file) as partial:
                 partial.write_bytes(model.export_model().getbuffer())
-            return self.read(file, options)  # it has the weights once, what was compiled twice
-        except (OSError, ValueError, RuntimeError, InputError) as error:
-            warnings.warn(f"{file}: not kept, it is compiled again at the next start: {reason(error)}", RuntimeWarning, stacklevel=2)
+            return self.read(file)  # it has the weights once, what was compiled twice
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            why = system_reason(error) if isinstance(error, OSError) else reason(error)
+            warnings.warn(f"{file}: not usable, the graph is compiled again at the next start: {why}", RuntimeWarning, stacklevel=2)
             return CompiledGraph(model)
 
-    def read(self, file: Path, options: Mapping[str, Any]) -> CompiledGraph:
+    def read(self, file: Path) -> CompiledGraph:
         """Raises OSError, ValueError or RuntimeError for a file that is missing, empty, or not what OpenVINO expects."""
         with file.open("rb") as opened:
             mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         tensor = ov.Tensor(np.frombuffer(mapping, np.uint8), shared_memory=True)
-        return CompiledGraph(self.core.import_model(tensor, "CPU", dict(options)), mapping, tensor)
+        return CompiledGraph(self.core.import_model(tensor, "CPU", self.options), mapping, tensor)
+
+
+@functools.cache
+def rewrites() -> str:
+    """The hash of how graphs are rewritten."""
+    return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()
 
 
 def writable_folder(manifest: Manifest) -> Path | None:

@@ -21,7 +21,7 @@ from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
 
-USED = ("condition", "decoder", "sampler", "encoder", "image_decoder")  # by a batch of pictures, in this order
+FIRST, FOLLOWING = "condition", ("decoder", "sampler", "encoder", "image_decoder")  # what a batch of pictures runs, in this order
 
 
 def int8_saturates(core: ov.Core) -> bool:
@@ -30,8 +30,7 @@ def int8_saturates(core: ov.Core) -> bool:
 
 
 class OpenVinoBackend:
-    """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read from the start,
-    beside what runs.
+    """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs.
 
     fp16 engines run in bfloat16 where the CPU computes in it, else in float32. What 8-bit engines leave in float runs in float32.
     """
@@ -55,14 +54,11 @@ class OpenVinoBackend:
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
-        self.cache = GraphCache(self.core, manifest, self.options["INFERENCE_PRECISION_HINT"])
+        self.cache = GraphCache(self.core, manifest, self.options)
         self.loader = ThreadPoolExecutor(2)  # its threads end with the backend
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
         self.idle: list[OpenVinoLane] = []
-        for graph in USED:
-            if manifest.has(f"{graph}.onnx") and self.cache.keeps(graph):
-                self.load(graph)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[OpenVinoLane]:
@@ -75,18 +71,24 @@ class OpenVinoBackend:
                 self.idle.append(lane)
 
     def load(self, graph: str) -> Future[CompiledGraph]:
-        """Begins to load a graph, where that has not begun yet."""
+        """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
+        following = [one for one in FOLLOWING if self.manifest.has(f"{one}.onnx") and self.cache.keeps(one)] if graph == FIRST else []
         with self.lock:
-            if graph not in self.loading:
-                self.loading[graph] = self.loader.submit(self.load_now, graph)
+            for one in (graph, *following):
+                if one not in self.loading:
+                    self.loading[one] = self.loader.submit(self.load_now, one)
             return self.loading[graph]
 
     def load_now(self, graph: str) -> CompiledGraph:
         path = self.manifest.path(f"{graph}.onnx")
         try:
-            return self.cache.get(graph, self.options, lambda: self.compile(path))
-        except RuntimeError as error:
-            raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
+            return self.cache.get(graph, lambda: self.compile(path))
+        except BaseException as error:
+            with self.lock:
+                self.loading.pop(graph, None)  # to be tried again
+            if isinstance(error, RuntimeError):
+                raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
+            raise
 
     def compile(self, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)

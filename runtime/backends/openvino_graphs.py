@@ -37,11 +37,12 @@ def split_heads_of_parts(product: Any) -> None:
     if order is None or order.tolist() != [0, 2, 3, 1] or split.get_type_name() != "Reshape":
         return
     joined = split.input_value(0).get_node()
-    if joined.get_type_name() != "Concat":
+    parts, width = list(joined.input_values()), list(split.output(0).get_partial_shape())[2:]
+    if joined.get_type_name() != "Concat" or joined.get_attributes()["axis"] != 1 or any(dimension.is_dynamic for dimension in width):
         return
-    heads, size = (dimension.get_length() for dimension in list(split.output(0).get_partial_shape())[2:])
+    heads, size = (dimension.get_length() for dimension in width)
     shape = integers(0, 0, heads, size)  # 0: as it was
-    parts = [ops.transpose(ops.reshape(part, shape, special_zero=True), integers(0, 2, 1, 3)) for part in joined.input_values()]
+    parts = [ops.transpose(ops.reshape(part, shape, special_zero=True), integers(0, 2, 1, 3)) for part in parts]
     changed = ops.matmul(product.input_value(0), ops.concat(parts, 2), product.get_attributes()["transpose_a"], True)
     product.output(0).replace(changed.output(0))
 
@@ -64,7 +65,7 @@ def spell_out_group_norm(normalization: Any) -> None:
 
     OpenVINO's 8-bit pass moves the scales of 8-bit values through an MVN as if it had no epsilon: wrong pictures where features are
     small. Written so it also needs no change of layout, and passes over the features three times: for the means of x and of x², and to
-    scale them. (E[x²] - E[x]² loses digits where the mean is far above the deviation; against 8 bits that does not count.)
+    scale them. (E[x²] - E[x]² loses digits where the mean is far above the deviation; of 8-bit values it is at most some hundred times.)
     """
     split, scaled = normalization.input_value(0).get_node(), reader(normalization, "Multiply")
     shifted = reader(scaled, "Add")
@@ -81,9 +82,6 @@ def spell_out_group_norm(normalization: Any) -> None:
     if scale is None or shift is None:
         return
     size, epsilon = channels // groups, normalization.get_attributes()["eps"]
-    codes, step = codes_behind(x)
-    if step is not None:  # scale and shift of what it reads make no difference to a GroupNorm
-        x, epsilon = ops.convert(codes, "f32").output(0), epsilon / step**2
 
     def of_channels(values: Any) -> Any:
         return ops.constant(np.repeat(np.float32(values).reshape(groups), size).reshape(1, channels, 1, 1))
@@ -100,19 +98,6 @@ def spell_out_group_norm(normalization: Any) -> None:
     factor = ops.divide(of_channels(scale), ops.sqrt(ops.add(variance, scalar(epsilon))))
     offset = ops.subtract(of_channels(shift), ops.multiply(mean, factor))
     joined.output(0).replace(ops.add(ops.multiply(x, factor), offset).output(0))
-
-
-def codes_behind(value: Any) -> tuple[Any, float | None]:
-    """The 8-bit numbers that a value was scaled and shifted from, and by how much they are scaled; (None, None) where it was not."""
-    found = []
-    for kind in ("Multiply", "Subtract", "Convert"):
-        node = value.get_node()
-        if node.get_type_name() != kind:
-            return None, None
-        found.append(node)
-        value = node.input_value(0)
-    step = constant_behind(found[0].input_value(1))
-    return (None, None) if step is None or step.size != 1 else (value, float(step.item()))
 
 
 def reader(node: Any, kind: str) -> Any:
