@@ -52,10 +52,9 @@ class GraphCache:
         self.core, self.manifest, self.options = core, manifest, dict(options)
         self.folder = writable_folder(manifest)
 
-    def file(self, graph: str) -> Path | None:
-        """Where a graph is kept, by all that decides how it is compiled."""
-        if self.folder is None:
-            return None
+    @functools.cached_property
+    def key(self) -> str:
+        """All that decides how a graph is compiled, as a hash."""
         made_of = [
             self.manifest.hash,
             ov.__version__,
@@ -63,7 +62,11 @@ class GraphCache:
             *(f"{name}={value}" for name, value in sorted(self.options.items()) if name != "INFERENCE_NUM_THREADS"),
             *(str(self.core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")),
         ]
-        return self.folder / f"{graph}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.blob"
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+
+    def file(self, graph: str) -> Path | None:
+        """Where a graph is kept."""
+        return self.folder and self.folder / f"{graph}-{self.key}.blob"
 
     def keeps(self, graph: str) -> bool:
         file = self.file(graph)
@@ -100,7 +103,6 @@ class GraphCache:
         return CompiledGraph(self.core.import_model(tensor, "CPU", self.options), mapping, tensor)
 
 
-@functools.cache
 def rewrites() -> str:
     """The hash of how graphs are rewritten."""
     return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()

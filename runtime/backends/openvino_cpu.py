@@ -80,8 +80,8 @@ class OpenVinoBackend:
             return self.loading[graph]
 
     def load_now(self, graph: str) -> CompiledGraph:
-        path = self.manifest.path(f"{graph}.onnx")
         try:
+            path = self.manifest.path(f"{graph}.onnx")
             return self.cache.get(graph, lambda: self.compile(path))
         except BaseException as error:
             with self.lock:
@@ -114,8 +114,8 @@ class OpenVinoLane(NumpyLane):
         return self.requests[graph]
 
     def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
-        outputs = self.backend.load("condition").result().model.outputs
-        return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in outputs}
+        _, compiled = self.request("condition")
+        return {output.any_name: tuple(dim.get_length() for dim in list(output.partial_shape)[1:]) for output in compiled.model.outputs}
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
         request, compiled = self.request(graph)
