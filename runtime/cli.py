@@ -87,7 +87,8 @@ def main(
 ) -> None:
     """Draw pictures with an engine."""
     started = time.perf_counter()
-    chosen = backend if backend != "auto" else earlier_backend(replay, out if resume else None, device)
+    earlier = earlier_run(replay, out if resume else None)
+    chosen = backend if backend != "auto" else earlier_backend(earlier, device)
     with Pipeline.load(engine, chosen, device, threads, verify) as pipeline:
         if list_classes:
             show_classes(pipeline, as_json)
@@ -107,7 +108,7 @@ def main(
         if replay:
             if classes or seed is not None or any(value is not None for value in settings.values()):
                 raise InputError("--replay takes classes, seed and settings from the file; give it none")
-            request, theirs = replayed(pipeline, replay, force)
+            request, theirs = replayed(pipeline, earlier, replay, force)
             columns = columns or theirs
         else:
             if resume and seed is None:
@@ -153,23 +154,31 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     return True
 
 
-def earlier_backend(replay: Path | None, folder: Path | None, device: str) -> str:
-    """The backend that made a file, or the pictures in a folder, where it runs on the device; else auto."""
-    metadata = read_metadata(replay) if replay else read_record(folder) if folder and (folder / RUN_RECORD).is_file() else {}
+def earlier_run(replay: Path | None, folder: Path | None) -> dict[str, Any]:
+    """What a file to be replayed, or the folder of a run to go on with, says of how it was made; nothing where there is no record."""
+    if replay:
+        return read_metadata(replay)
+    return read_record(folder) if folder and (folder / RUN_RECORD).is_file() else {}
+
+
+def earlier_backend(metadata: dict[str, Any], device: str) -> str:
+    """The backend of an earlier run, where it runs on the device; else auto."""
     name = metadata.get("backend")
     return name if isinstance(name, str) and device.split(":")[0] in BACKENDS.get(name, ()) else "auto"
 
 
-def replayed(pipeline: Pipeline, file: Path, force: bool) -> tuple[Request, int | None]:
+def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bool) -> tuple[Request, int | None]:
     """The request that made a file, and the columns of its sheet. Raises InputError where another engine made it."""
-    metadata = read_metadata(file)
     theirs, mine = str(metadata.get("engine")), pipeline.manifest.hash
     if theirs != mine and not force:
         raise InputError(
             f"{file}: made by the engine {theirs[:12]}…, but {pipeline.manifest.folder} is {mine[:12]}…; "
             "name the right one (--engine), or --force to use this one"
         )
-    return request_of(metadata), metadata.get("columns")
+    columns = metadata.get("columns")
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise InputError(f"{file}: its record is damaged: columns is {columns!r:.40}")
+    return request_of(metadata), columns
 
 
 def make_request(

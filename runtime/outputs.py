@@ -75,12 +75,20 @@ class Request:
 def request_of(metadata: dict[str, Any]) -> Request:
     """The request that a file's metadata describe. Raises InputError where they are not complete."""
     try:
-        images = metadata["images"]
-        return Request(
-            tuple(int(image["class"]) for image in images), tuple(int(image["seed"]) for image in images), **metadata["settings"]
-        )
+        images, settings = metadata["images"], dict(metadata["settings"])
+        if not images:
+            raise ValueError("no images")
+        labels, seeds = (tuple(number(image[name], int) for image in images) for name in ("class", "seed"))
+        return Request(labels, seeds, **{name: number(value, int if name == "steps" else float) for name, value in settings.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
+
+
+def number(value: Any, kind: type) -> Any:
+    """Raises TypeError where a record holds no number of that kind."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        raise TypeError(f"expected a number, got {value!r:.40}")
+    return value
 
 
 def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | None, **drawing: Any) -> None:
@@ -90,7 +98,7 @@ def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | N
     if suffix == ".npy":
         save_tokens(pipeline.generate_tokens(**request.arguments, **drawing), out, metadata)
     elif suffix == ".npz":
-        save_npz(pipeline.generate(**request.arguments, **drawing), out, metadata)
+        save_npz(pipeline.stream(**request.arguments, **drawing), len(request.labels), out, metadata)
     elif suffix == ".gif":
         save_gif([sheet(frame, columns or 1) for frame in draw_frames(pipeline, request, **drawing)], out, metadata)
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def to_pil(images: Images) -> list[Image.Image]:
 
 
 def sheet(images: Images, columns: int) -> Image.Image:
-    """A contact sheet, row by row, with a thin white line between the pictures."""
+    """A contact sheet of at most so many columns, row by row, with a thin white line between the pictures."""
     count, height, width, _ = images.shape
-    rows, gap = -(-count // columns), 2
+    columns, gap = min(columns, count), 2
+    rows = -(-count // columns)
     result = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for i, image in enumerate(to_pil(images)):
         result.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
@@ -80,10 +82,20 @@ def save_gif(frames: Sequence[Image.Image], path: Path, metadata: dict[str, Any]
         )
 
 
-def save_npz(images: Images, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes `arr_0`, uint8 [N, height, width, 3], as the usual evaluation scripts read it, and the metadata."""
-    with WholeFile(path) as partial, partial.open("wb") as file:
-        np.savez(file, arr_0=images, metadata=np.array(json.dumps(metadata)))
+def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes `arr_0`, uint8 [count, height, width, 3], as the usual evaluation scripts read it, and the metadata. Batches of pictures
+    are written as they come: none but the last is in memory.
+    """
+    with WholeFile(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for i, images in enumerate(batches):
+                if i == 0:
+                    shape = (count, *images.shape[1:])
+                    header = {"descr": np.lib.format.dtype_to_descr(images.dtype), "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(images).data)
+        with archive.open("metadata.npy", "w") as file:
+            np.save(file, np.array(json.dumps(metadata)))
 
 
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:

@@ -94,8 +94,12 @@ class Pipeline:
         Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
         stopped the run.
         """
+        return np.concatenate(list(self.stream(classes, **settings)))
+
+    def stream(self, classes: Sequence[int | str], **settings: Any) -> Iterator[Images]:
+        """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once."""
         self.require_images()
-        return np.concatenate([images for (images,) in self.batches(classes, images=True, **settings)])
+        return (images for (images,) in self.batches(classes, images=True, **settings))
 
     def generate_tokens(self, classes: Sequence[int | str], **settings: Any) -> Tokens:
         """Draws tokens: int64 [N, grid, grid].

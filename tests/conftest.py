@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
+from hypothesis import strategies as st
 
+from enat import Pipeline
 from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
 
 DATA = Path(__file__).parent / "data"
+
+Make = Callable[..., Path]
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,63 @@ def modulation(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Shapes of the modulation beyond its rows."""
     graph = onnx.load(manifest.path("condition.onnx")).graph
     return {one.name: tuple(dim.dim_value for dim in one.type.tensor_type.shape.dim[1:]) for one in graph.output}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The bundled engine in other precisions, each made once; the calibration is shared."""
+    from enat.export.cli import main as export_main
+
+    folder = tmp_path_factory.mktemp("precisions")
+    engines: dict[str, Path] = {}
+
+    def engine(name: str, *options: str) -> Path:
+        if name not in engines:
+            if "int8" in options and "--calibration-images" not in options:
+                options += ("--calibration", str(folder / "calibration.npz"))
+            result = invoke(export_main, "--engine", BUNDLED_ENGINE, "--out", folder / name, *options)
+            assert result.exit_code == 0, result.stderr
+            engines[name] = folder / name
+        return engines[name]
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def fp16(made: Make) -> Path:
+    return made("fp16", "--precision", "fp16")
+
+
+@pytest.fixture(scope="session")
+def int8(made: Make) -> Path:
+    return made("int8", "--precision", "int8")
+
+
+@pytest.fixture(scope="session")
+def float32() -> Iterator[Pipeline]:
+    with Pipeline.load() as pipeline:
+        yield pipeline
+
+
+def put_anything_anywhere(manifest: dict[str, Any], data: st.DataObject, numbers: st.SearchStrategy[float]) -> None:
+    """Puts some value, of such numbers where it holds any, at some place of a manifest or other record."""
+    section: Any = manifest
+    while True:
+        key = data.draw(st.sampled_from(sorted(section) if isinstance(section, dict) else range(len(section))))
+        if not (isinstance(section[key], dict | list) and section[key] and data.draw(st.booleans())):
+            break
+        section = section[key]
+    text = st.text(max_size=5)
+    values = st.recursive(
+        st.none() | st.booleans() | numbers | text,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+        max_leaves=5,
+    )
+    section[key] = data.draw(values)
+
+
+def invoke(command: click.Command, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 NOT_ERRORS = ("[", "seed ", "no --engine", "backend auto: ", "Warning: ")  # progress and notes on stderr

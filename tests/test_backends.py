@@ -13,8 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
-from conftest import refused
+from conftest import invoke, refused
 
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
@@ -113,9 +112,9 @@ def test_options_of_a_build(engines: Callable[[str], Path], arguments: list[str]
         from tensorrt_stand_in import import_tensorrt
 
         import_tensorrt()
-    refused(CliRunner().invoke(export_main, ["--engine", str(engines("tiny")), *arguments]), *parts)
+    refused(invoke(export_main, "--engine", engines("tiny"), *arguments), *parts)
 
 
 def test_more_steps_than_one_go_with_a_build(tmp_path: Path) -> None:
-    result = CliRunner().invoke(export_main, ["--ckpt", "net.pth", "--out", str(tmp_path / "engine"), "--steps", "8,12"])
+    result = invoke(export_main, "--ckpt", "net.pth", "--out", tmp_path / "engine", "--steps", "8,12")
     refused(result, "expected one number of --steps, got 8,12; more of them go with --tensorrt")

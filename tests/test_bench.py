@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import read_golden, refused
+from click.testing import Result
+from conftest import invoke, read_golden, refused
 from PIL import Image
 
 from enat import Pipeline
@@ -27,7 +27,7 @@ Engines = Callable[[str], Path]
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(one) for one in arguments])
+    return invoke(main, *arguments)
 
 
 def figures(result: Result) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import put_anything_anywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -450,13 +451,6 @@ def test_malformed_manifests(built: Path, tmp_path: Path, name: str) -> None:
     refused(enat_run(built, "--class", 0, "--out", tmp_path / "x.png", engine=engine), engine, message)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 4096) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
 @pytest.fixture(scope="module")
 def reader(plain: Path) -> Iterator[Callable[[Path], str]]:
     """Asks one process about one engine after the other."""
@@ -482,12 +476,7 @@ def test_whatever_python_refuses_is_refused(reader: Callable[[Path], str], tmp_p
         assert reader(engine) == "ok"
     rewritten(engine)
     manifest = json.loads((engine / FILE).read_text())
-    section = manifest
-    key = data.draw(st.sampled_from(sorted(section)))
-    while isinstance(section[key], dict) and data.draw(st.booleans()):
-        section = section[key]
-        key = data.draw(st.sampled_from(sorted(section)))
-    section[key] = data.draw(json_values)
+    put_anything_anywhere(manifest, data, st.integers(-(2**70), 4096) | st.floats(allow_nan=False, allow_infinity=False))
     (engine / FILE).write_text(json.dumps(manifest))
     try:
         read_manifest(engine)

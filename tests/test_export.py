@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import DATA, Golden, read_golden, refused
+from click.testing import Result
+from conftest import DATA, Golden, invoke, read_golden, refused
 
 from enat import Pipeline
 from enat.errors import CheckpointError
@@ -32,7 +32,7 @@ SPLIT = ("--heads", "3", "--encoder-depth", "3")
 
 
 def export(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return invoke(main, *arguments)
 
 
 CONTRACT = {

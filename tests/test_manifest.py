@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import put_anything_anywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -104,13 +105,6 @@ def test_not_an_engine(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataObject) -> None:
@@ -118,12 +112,7 @@ def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataO
     file = engine_copy / "manifest.json"
     original = file.read_text()
     manifest = json.loads(original)
-    section = manifest
-    key = data.draw(st.sampled_from(sorted(section)))
-    while isinstance(section[key], dict) and data.draw(st.booleans()):
-        section = section[key]
-        key = data.draw(st.sampled_from(sorted(section)))
-    section[key] = data.draw(json_values)
+    put_anything_anywhere(manifest, data, st.integers() | st.floats(allow_nan=False))
     file.write_text(json.dumps(manifest))
     try:
         read_manifest(engine_copy)

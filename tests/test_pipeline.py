@@ -104,6 +104,17 @@ def test_what_the_graphs_are_given(pipe: Pipeline, guidance: float) -> None:
         assert inputs["features"] == (rows, step.visible, 48)
 
 
+def test_pictures_come_as_they_are_drawn(pipe: Pipeline) -> None:
+    steps: list[int] = []
+    batches = pipe.stream([1, 2, 3], seed=0, steps=4, batch_size=2, callback=lambda step, total, preview: steps.append(step))
+    assert steps == []
+    first = next(batches)
+    assert len(first) == 2 and steps == [0, 1, 2, 3]
+    assert np.array_equal(np.concatenate([first, *batches]), pipe.generate([1, 2, 3], seed=0, steps=4))
+    with pytest.raises(InputError, match="expected a batch size of 1 or more"):
+        pipe.stream([1], batch_size=0)
+
+
 def test_callback(pipe: Pipeline) -> None:
     seen = []
 

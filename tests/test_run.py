@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from conftest import refused
+from click.testing import Result
+from conftest import invoke, put_anything_anywhere, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from enat import Pipeline
 from enat.runtime.cli import main
-from enat.runtime.pictures import read_metadata
+from enat.runtime.pictures import read_metadata, save_image
 
 Run = Callable[..., Result]
 
@@ -29,7 +31,7 @@ def run(engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object, engine: Path | None = None) -> Result:
-        return CliRunner().invoke(main, ["--engine", str(engine or engines("tiny")), *map(str, arguments)])
+        return invoke(main, "--engine", engine or engines("tiny"), *arguments)
 
     return call
 
@@ -233,6 +235,19 @@ def test_debug_shows_the_traceback(run: Run) -> None:
     result = run("--class", "cat", "--out", "a.png", "--debug")
     assert result.exc_info is not None
     assert result.exc_info[0].__name__ == "InputError"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_record_is_replayed_or_refused(run: Run, data: st.DataObject) -> None:
+    if not Path("a.png").exists():
+        assert run("--class", "1-2", "--seed", 3, "--steps", 2, "--grid", "--out", "a.png").exit_code == 0
+    metadata = read_metadata(Path("a.png"))
+    put_anything_anywhere(metadata, data, st.integers() | st.floats())
+    save_image(Image.new("RGB", (1, 1)), Path("b.png"), metadata)
+    result = run("--replay", "b.png", "--out", "again.png")
+    if result.exit_code:
+        refused(result)
 
 
 def test_a_full_disk(engines: Callable[[str], Path], tmp_path: Path) -> None:

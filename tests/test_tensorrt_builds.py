@@ -11,8 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from click.testing import CliRunner
-from conftest import modulation
+from conftest import invoke, modulation
 from host_device import HostDevice
 from tensorrt_operators import objections
 from tensorrt_stand_in import StandIn, import_tensorrt, signatures
@@ -473,10 +472,10 @@ def test_without_a_gpu(trt: Any, engine_copy: Path) -> None:
     from enat.runtime.cli import main as run
 
     for command, arguments in (
-        (export, ["--engine", str(engine_copy), "--tensorrt"]),
-        (run, ["--engine", str(engine_copy), "--class", "1", "--out", "x.png", "--backend", "tensorrt", "--device", "cuda:0"]),
+        (export, ["--engine", engine_copy, "--tensorrt"]),
+        (run, ["--engine", engine_copy, "--class", "1", "--out", "x.png", "--backend", "tensorrt", "--device", "cuda:0"]),
     ):
-        result = CliRunner().invoke(command, arguments)
+        result = invoke(command, *arguments)
         assert result.exit_code == 1
         assert re.search(r"cuda:0: no GPU that CUDA can use: CUDA: .*; nvidia-smi shows drivers and devices", result.output), result.output
         assert result.output.count("\n") == 1

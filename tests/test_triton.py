@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import refused
+from conftest import invoke, refused
 from PIL import Image
 
 from enat import Pipeline
@@ -81,7 +80,7 @@ def test_config_text() -> None:
 
 
 def write(out: Path, *arguments: object) -> Any:
-    return CliRunner().invoke(main, ["--out", str(out), *map(str, arguments)])
+    return invoke(main, "--out", out, *arguments)
 
 
 def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""How far an engine is from float32: the comparison and `enat-verify`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import invoke, read_golden, refused
+from PIL import Image
+
+from enat import Pipeline
+from enat.calibration.products import load_graphs
+from enat.calibration.smooth import with_initializers
+from enat.calibration.trajectory import divergence, record, replayed_logits, spread_labels
+from enat.export.cli import main as export_main
+from enat.export.compare import compare
+from enat.export.directory import write_manifest
+from enat.export.verify_cli import main as verify_main
+from enat.graph_file import save
+from enat.runtime.manifest import FILE, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
+
+
+def test_an_engine_against_itself(float32: Pipeline) -> None:
+    found = compare(float32, float32, images=5, batch_size=2)
+    assert found.divergence == 0 and found.top1 == found.tokens_equal == 1
+    assert found.psnr is not None and found.psnr > 80
+    assert found.positions.tolist() == [5 * step.masked for step in float32.schedule()]
+
+
+def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -> None:
+    """One bias of the logits moved: the divergence is that of two distributions known from float32 alone, and nothing else differs."""
+    engine = tmp_path / "engine"
+    shutil.copytree(BUNDLED_ENGINE, engine)
+    graphs = load_graphs(read_manifest(engine))
+    bias = next(node.inputs[1] for node in graphs["decoder"].graph if node.outputs[0].name == "logits")
+    assert bias is not None and bias.const_value is not None
+    values = bias.const_value.numpy().copy()
+    values[0] += 5
+    save(with_initializers(graphs["decoder"], {str(bias.name): values}), engine / "decoder.onnx")
+    write_manifest(engine, json.loads((engine / FILE).read_text()))
+    with Pipeline.load(engine) as changed:
+        found = compare(changed, float32, images=4)
+    (one,) = record(float32, spread_labels(float32.manifest.model, 4), 0, batch_size=4)
+    total = 0.0
+    for logits in replayed_logits(float32.backend, float32.manifest, one):
+        moved = logits.copy()
+        moved[..., 0] += 5  # guidance takes the difference of two rows: the same in both cancels out
+        total += divergence(moved, logits).sum()
+    assert found.divergence == pytest.approx(total / found.positions.sum(), rel=1e-4)
+    assert found.divergence > 0.001
+    assert (found.step_features == 0).all()
+    assert 0.5 < found.top1 < 1
+
+
+def test_enat_verify(int8: Path, tmp_path: Path) -> None:
+    files = tmp_path / "sheet.png", tmp_path / "plot.png"
+    result = invoke(
+        verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 14, "--seed", 5, "--json", "--sheet", files[0], "--plot", files[1]
+    )
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["divergence"] < 0.01 and 0.9 < figures["top1"] <= 1 and figures["missed"] == []
+    assert len(figures["steps"]) == 8
+    assert 0 < figures["layers"]["blocks.0.mlp.fc2"] < 0.1
+    assert "blocks.0.attn.own_value" not in figures["layers"]
+    with Image.open(files[0]) as sheet:  # two rows of twelve, and two of the two that are left
+        assert sheet.size == (12 * 66 - 2, 4 * 66 - 2)
+        assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
+    with Image.open(files[1]) as plot:
+        assert min(plot.size) > 500
+
+
+def test_enat_verify_to_read(fp16: Path) -> None:
+    result = invoke(verify_main, fp16, "--against", BUNDLED_ENGINE, "--images", 2, "--class", "A", "--class", "B", "--min-top1", 0.9)
+    assert result.exit_code == 0, result.stderr
+    for words in ("top-1 agreement", "dB PSNR", "of the tokens are equal", "0.0% of those with constant weights", "of float32's"):
+        assert words in result.stdout
+
+
+def test_an_engine_of_tokens_alone(tmp_path: Path) -> None:
+    """No image decoder, no guidance, images that do not fill the batches."""
+    case, engine = read_golden("tiny"), tmp_path / "engine"
+    result = invoke(export_main, "--ckpt", case.ckpt, "--heads", 3, "--encoder-depth", 3, "--guidance", 0, "--steps", 3, "--out", engine)
+    assert result.exit_code == 0, result.stderr
+    for name, options in (("fp16", ()), ("int8", ("--calibration-images", 9))):
+        result = invoke(export_main, "--engine", engine, "--precision", name, "--out", tmp_path / name, *options)
+        assert result.exit_code == 0, result.stderr
+        result = invoke(verify_main, tmp_path / name, "--against", engine, "--images", 3, "--batch-size", 2, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["psnr"] is None
+        refused(invoke(verify_main, tmp_path / name, "--against", engine, "--sheet", tmp_path / "s.png"), "has no image decoder")
+
+
+def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_path: Path) -> None:
+    refused(invoke(verify_main, int8, "--against", engines("tiny")), "different models: dim is 192 and 48")
+    refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 0), "expected 1 or more images")
+    refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--sheet", tmp_path / "s.txt"), "ends in .png")
+    strict = invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 2, "--max-divergence", 1e-9, "--min-psnr", 90)
+    refused(strict, "divergence", "expected at most 1e-09", "PSNR", code=1)
+    refused(invoke(verify_main, int8, "--against", int8), "its precision is int8, expected fp32")
+    refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--seed", -1), "a seed of 0 to 2**64 - 1, got -1")
+    other = tmp_path / "other"
+    shutil.copytree(BUNDLED_ENGINE, other)
+    content = json.loads((other / FILE).read_text())
+    content["source"]["checkpoint_sha256"] = "0" * 64
+    write_manifest(other, content)
+    refused(invoke(verify_main, int8, "--against", other), "different models: checkpoint_sha256")
