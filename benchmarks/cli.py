@@ -13,6 +13,7 @@ import click
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.command import Command, needs, parse_numbers
+from ..runtime.cores import allowed_threads
 from ..runtime.files import check_writable
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import progress_bar
@@ -37,7 +38,7 @@ PLOTS = (".png", ".svg", ".pdf")
     help="May be repeated: every engine on each.",
 )
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option("--threads", type=int, help="CPU threads; default: all that the process may use.")
 @click.option("--batch", "batch_text", metavar="N[,N…]", default="1,4", show_default=True, help="Pictures drawn at once.")
 @click.option("--steps", "steps_text", metavar="N[,N…]", help="Sampling steps; default: the engine's.")
 @click.option("--tokens", is_flag=True, help="Without decoding the pictures.")
@@ -147,8 +148,9 @@ def load_compared(
         import torch
 
         from .torch_contenders import TorchModels, matrix_rate, torch_contender
-    if threads:
-        torch.set_num_threads(threads)
+    used = threads or allowed_threads()
+    if used:
+        torch.set_num_threads(used)
     models = TorchModels(ckpt, None if tokens else vqgan, pipeline.manifest.model, device)
     rate = matrix_rate(models.device) if models.device.type == "cuda" else None
     return [torch_contender(kind, models, pipeline) for kind in kinds], rate

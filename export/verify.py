@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..models.network import NetworkConfig
+from ..runtime.cores import allowed_threads
 
 FLOAT_TOLERANCE = 1e-4  # of the largest value that PyTorch gives, or of 1
 UINT8_SHARE = 1e-2  # of pixels that may be rounded the other way
@@ -38,6 +39,7 @@ def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]],
     """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = allowed_threads() or 0
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst, count = 0.0, 0
     for inputs in cases:

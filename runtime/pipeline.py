@@ -72,7 +72,8 @@ class Pipeline:
     ) -> Pipeline:
         """Loads an engine directory; without one, the engine that comes with the package (letters and digits).
 
-        device: cpu, or cuda:0 for the first GPU. threads: on the CPU, all cores by default. verify: hash files over 64 MiB too.
+        device: cpu, or cuda:0 for the first GPU. threads: on the CPU; by default as many as the process may use, which in a container
+        are fewer than the machine has. verify: hash files over 64 MiB too.
         slots: batches in flight at once on a GPU, each with memory of its own; further threads wait for one.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import re
 import sys
 import types
@@ -28,7 +29,8 @@ def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) ->
         ({"backend": "none"}, "unknown backend 'none'; expected auto or one of onnxruntime, openvino, onnxruntime-tensorrt, tensorrt"),
         ({"device": "tpu"}, "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
         ({"backend": "tensorrt"}, "the backend tensorrt runs on cuda, got the device 'cpu'"),
-        ({"threads": 0}, "expected 1 or more threads, got 0"),
+        ({"threads": 0}, f"expected 1 to {os.cpu_count()} threads, as this machine's CPU has, got 0"),
+        ({"threads": 10_000}, f"expected 1 to {os.cpu_count()} threads"),
         ({"slots": 0}, "expected 1 or more slots, got 0"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

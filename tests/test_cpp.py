@@ -26,11 +26,13 @@ from conftest import put_anything_anywhere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_cores import CONTROL_GROUPS, system
 from test_noise import VECTORS
 
 from enat import EnatError, Pipeline
 from enat.calibration.calibrate import Settings
 from enat.export.convert import Precision, convert_engine
+from enat.runtime.cores import allowed_threads
 from enat.runtime.manifest import FILE, REQUIRED_GRAPHS, file_entries, read_manifest
 from enat.runtime.noise import step_noise
 from enat.runtime.pictures import sheet
@@ -224,6 +226,22 @@ def test_all_random_numbers_that_there_are(internals: ctypes.CDLL) -> None:
     choice = np.empty(2**24, np.float32)
     internals.test_uniform(ctypes.c_uint32(0), ctypes.c_uint32(choice.size), address(choice))
     assert np.array_equal(choice, np.arange(choice.size, dtype=np.float32) * np.float32(2.0**-24))
+
+
+@pytest.mark.parametrize("name", CONTROL_GROUPS)
+def test_quotas(internals: ctypes.CDLL, name: str, tmp_path: Path) -> None:
+    internals.test_least_quota.restype = ctypes.c_double
+    assert internals.test_least_quota(str(system(tmp_path, name)).encode()) == (CONTROL_GROUPS[name][2] or 0)
+
+
+def test_threads_that_are_allowed(internals: ctypes.CDLL) -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        for cores in (before, {min(before)}):
+            os.sched_setaffinity(0, cores)
+            assert internals.test_allowed_threads() == (allowed_threads() or 0)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_noise(internals: ctypes.CDLL) -> None:

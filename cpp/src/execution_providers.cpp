@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cores.hpp"
 #include "graphs.hpp"
 #include "int8_probe.hpp"
 #include "messages.hpp"
@@ -99,10 +100,14 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         throw InputError("the provider " + provider + " runs on " + (device.cuda ? "cpu" : "cuda:N") + ", got the device " +
                          options.device);
     }
-    if (options.threads < 0) throw InputError("expected 1 or more threads, or 0 for all cores, got " + std::to_string(options.threads));
+    if (options.threads < 0 || options.threads > machine_threads()) {
+        throw InputError("expected 1 to " + std::to_string(machine_threads()) +
+                         " threads, as this machine's CPU has, or 0 for as many as the process may use, got " +
+                         std::to_string(options.threads));
+    }
     try {
         Ort::SessionOptions session;
-        session.SetIntraOpNumThreads(options.threads);
+        session.SetIntraOpNumThreads(options.threads ? options.threads : allowed_threads());
         session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         // Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         session.AddConfigEntry("session.force_spinning_stop", "1");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cores.hpp"
 #include "noise.hpp"
 #include "schedule.hpp"
 
@@ -43,3 +44,8 @@ EXPORT std::int64_t test_schedule(std::int64_t length, std::int64_t steps, doubl
     }
     return static_cast<std::int64_t>(all.size());
 }
+
+/// The quota of a process whose /proc and /sys lie in a folder; 0 where there is none.
+EXPORT double test_least_quota(const char* root) { return enat::least_quota(root).value_or(0); }
+
+EXPORT int test_allowed_threads() { return enat::allowed_threads(); }

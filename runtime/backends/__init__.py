@@ -5,6 +5,7 @@ The loop treats a backend's tensors as opaque: it never looks into one, so they 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError, EngineError, InputError
+from ..cores import allowed_threads
 from ..manifest import Manifest
 
 Array = NDArray[Any]
@@ -80,16 +82,19 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     """Loads an engine's graphs into a backend.
 
     name: one of BACKENDS, or "auto" for the fastest that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU, all
-    cores by default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it does not know, BackendError
-    where the backend is not installed or cannot load the graphs.
+    that the process may use by default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it does
+    not know, BackendError where the backend is not installed or cannot load the graphs.
     """
     kind = device.split(":")[0]
     if kind not in AUTO:
         raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise InputError(f"expected 1 or more threads, got {threads}")
+    most = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= most:
+        raise InputError(f"expected 1 to {most} threads, as this machine's CPU has, got {threads}")
+    if threads is None and kind == "cpu":
+        threads = allowed_threads()
     if slots < 1:
         raise InputError(f"expected 1 or more slots, got {slots}")
     if name != "auto":

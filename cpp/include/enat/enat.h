@@ -30,7 +30,7 @@ typedef struct enat_preview enat_preview;
 typedef struct {
     const char* device;   /* "cpu", "cuda:0", …; NULL: cpu */
     const char* provider; /* "cpu", "cuda" or "tensorrt"; NULL: by the device */
-    int32_t threads;      /* on the CPU, for each run; 0: all cores */
+    int32_t threads;      /* on the CPU, for each run; 0: all that the process may use */
     int32_t verify;       /* 1: hash files over 64 MiB too */
 } enat_options;
 

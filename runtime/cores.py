@@ -1,0 +1,57 @@
+"""How many CPU threads this process can keep busy: in a container fewer than the machine has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def allowed_threads() -> int | None:
+    """The threads that the process may keep busy, where its affinity (`taskset`, `docker --cpuset-cpus`) or the quota of a control group
+    (`docker --cpus`, Kubernetes' limits) allows fewer than the machine has; None where nothing limits it.
+
+    ONNX Runtime and OpenVINO know nothing of quotas: their threads would wait for the one that is held back.
+    """
+    count, quota = os.cpu_count() or 1, least_quota()
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    allowed = affinity if quota is None else min(affinity, max(1, int(quota)))
+    return allowed if allowed < count else None
+
+
+def least_quota(root: Path = Path("/")) -> float | None:
+    """The cores' worth of time that the process' control groups, versions 1 and 2, allow it; None where none sets a quota."""
+    return min((quota for group in control_groups(root) if (quota := read_quota(group)) is not None), default=None)
+
+
+def control_groups(root: Path) -> Iterator[Path]:
+    """Folders of the groups that the process is in and that may have a quota: its own, and those around it. None but on Linux."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mounts = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            folders = [mounts / "unified", mounts]
+        elif "cpu" in controllers.split(","):
+            folders = [mounts / controllers, mounts / "cpu"]
+        else:
+            continue
+        group = PurePosixPath(name)
+        # In a container it may go by its name outside, and be mounted without it: the folder around it all is its own then.
+        for folder in filter(Path.is_dir, folders):
+            yield from (folder / path.relative_to("/") for path in (group, *group.parents))
+            break
+
+
+def read_quota(group: Path) -> float | None:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # not there, or `max`
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None

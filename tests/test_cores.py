@@ -1,0 +1,86 @@
+"""CPU threads of a process that may not use all of the machine's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from enat.runtime import cores
+
+# Control groups as systems show them: /proc/self/cgroup, the files of /sys/fs/cgroup, and the quota in cores.
+CONTROL_GROUPS = {
+    "a container, version 2": ("0::/\n", {"cpu.max": "250000 100000\n"}, 2.5),
+    "no quota, version 2": ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+    "a group in a group": (
+        "0::/user.slice/one.scope\n",
+        {"user.slice/cpu.max": "150000 100000\n", "user.slice/one.scope/cpu.max": "400000 100000\n"},
+        1.5,
+    ),
+    "a name outside the container": ("0::/../../pod7/abc\n", {"cpu.max": "50000 100000\n"}, 0.5),
+    "version 1": (
+        "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n0::/\n",
+        {"cpu,cpuacct/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+        3.0,
+    ),
+    "version 1, a name of its own": (
+        "1:cpu:/one\n0::/\n",
+        {
+            "cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n",
+            "cpu/one/cpu.cfs_quota_us": "90000\n", "cpu/one/cpu.cfs_period_us": "50000\n", "unified/cgroup.procs": "",
+        },
+        1.8,
+    ),
+    "both": ("2:cpu:/\n0::/x\n", {"cpu/cpu.cfs_quota_us": "-1\n", "unified/x/cpu.max": "700000 100000\n"}, 7.0),
+    "cpusets alone": ("3:cpuset:/x\n", {"cpuset/cpu.max": "100000 100000\n"}, None),
+    "neither": ("", {}, None),
+}  # fmt: skip
+
+
+def system(folder: Path, name: str) -> Path:
+    groups, files, _ = CONTROL_GROUPS[name]
+    for path, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{file}": text for file, text in files.items()}}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONTROL_GROUPS)
+def test_quotas(name: str, tmp_path: Path) -> None:
+    assert cores.least_quota(system(tmp_path, name)) == CONTROL_GROUPS[name][2]
+
+
+def test_without_control_groups(tmp_path: Path) -> None:
+    assert cores.least_quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "allowed"), [(64, None, None), (64, 80.0, None), (16, None, 16), (64, 7.65, 7), (4, 7.65, 4), (64, 0.5, 1)]
+)
+def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch, affinity: int, quota: float | None, allowed: int | None) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(cores, "least_quota", lambda: quota)
+    assert cores.allowed_threads() == allowed
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_pipeline_starts_no_more_threads(backend: str) -> None:
+    """A process held to one core draws with one thread."""
+    code = f"""if True:
+        import os
+        os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+        from enat import Pipeline
+        pipe = Pipeline.load(backend={backend!r})
+        pipe.generate([1], seed=0)
+        if {backend!r} == "openvino":
+            print(pipe.backend.loading["encoder"].result().model.get_property("INFERENCE_NUM_THREADS"))
+        else:
+            print(pipe.backend.options.intra_op_num_threads)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "1\n", result.stderr
