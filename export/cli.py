@@ -93,7 +93,7 @@ TENSORRT_OPTIONS = {
 )
 @click.option("--tensorrt", is_flag=True, help="Build the engine for TensorRT on this machine's GPU.")
 @click.option("--max-batch", type=int, help="Of the TensorRT build: most images at once; default: 16.")
-@click.option("--best-batch", type=int, help="Of the build: images at once that it is tuned for; default: 1.")
+@click.option("--best-batch", metavar="N[,N…]", help="Of the build: images at once that it is tuned for; default: 1.")
 @click.option(
     "--weights",
     type=click.Choice(["included", "refittable", "stripped"]),
@@ -140,6 +140,8 @@ def main(
     checkpoint = {name: given[name] for name in CHECKPOINT_OPTIONS if name in given}
     calibration = {name: given[name] for name in CALIBRATION_OPTIONS if name in given}
     building = {name: given[name] for name in TENSORRT_OPTIONS if name in given}
+    if "best_batch" in building:
+        building["best_batch"] = parse_numbers("--best-batch", building["best_batch"])
     converting = engine is not None and precision != "fp32"
     if engine and checkpoint:
         raise InputError(f"{CHECKPOINT_OPTIONS[next(iter(checkpoint))]} goes with --ckpt; an engine brings its own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
@@ -15,48 +16,50 @@ Range = tuple[int, int, int]  # least, best, most
 
 
 def graph_profiles(
-    manifest: Manifest, steps: Sequence[int], batch: Range, modulation: Mapping[str, Shape], image_encoder: bool = True
+    manifest: Manifest, steps: Sequence[int], batches: Sequence[Range], modulation: Mapping[str, Shape], image_encoder: bool = True
 ) -> dict[str, list[Profile]]:
     """Profiles for every graph of an engine: one for each step of runs of `steps` steps, with its exact token counts; then one for
     anything else, empty dimensions included.
 
-    batch: images at once. modulation: shapes of the condition's outputs beyond their first axis. Rows are twice the batch under
-    guidance, at best and at most; at least as many as the batch, which is what runs without guidance have.
+    batches: ranges of images at once, the smallest first; each has profiles of its own. modulation: shapes of the condition's outputs
+    beyond their first axis. Rows are twice the batch under guidance, at best and at most; at least as many as the batch, which is what
+    runs without guidance have.
     Raises InputError for a number of steps out of its range, or more tokens than TensorRT can sort.
     """
     model = manifest.model
     if model.length > TOPK_LIMIT:
         raise InputError(f"{manifest.folder}: {model.length} tokens an image; TensorRT sorts at most {TOPK_LIMIT} values")
-    least, best, most = batch
-    if not 1 <= least <= best <= most:
-        raise InputError(f"expected batches of 1 ≤ least ≤ best ≤ most, got {least}, {best}, {most}")
-    rows = (least, 2 * best, 2 * most)
+    for least, best, most in batches:
+        if not 1 <= least <= best <= most:
+            raise InputError(f"expected batches of 1 ≤ least ≤ best ≤ most, got {least}, {best}, {most}")
     length, half = model.length, max(1, model.length // 2)
     anything, something = (0, half, length), (1, half, length)  # masked is never 0: a run ends there
     encoder, decoder, sampler = [], [], []
     for number in steps:
-        for step in schedule(length, number, 1.0, 1.0, 1.0):
-            step_rows = rows if step.index else batch
+        for batch, step in itertools.product(batches, schedule(length, number, 1.0, 1.0, 1.0)):
+            rows = guided(batch) if step.index else batch
             if step.index:
                 encoder.append(encoder_profile(model, batch, rows, exactly(step.new), exactly(step.seen), modulation))
-            decoder.append(decoder_profile(model, batch, step_rows, exactly(step.masked), exactly(step.visible), modulation))
-            sampler.append(sampler_profile(model, batch, step_rows, exactly(step.masked), exactly(step.keep)))
+            decoder.append(decoder_profile(model, batch, rows, exactly(step.masked), exactly(step.visible), modulation))
+            sampler.append(sampler_profile(model, batch, rows, exactly(step.masked), exactly(step.keep)))
+    batch = batches[0][0], batches[0][1], batches[-1][2]
+    rows = guided(batch)
     encoder.append(encoder_profile(model, batch, rows, (0, max(1, length // 8), length), anything, modulation))
     decoder.append(decoder_profile(model, batch, rows, something, anything, modulation))
     sampler.append(sampler_profile(model, batch, rows, something, (0, length // 4, length)))
     result = {
-        "condition": [profile(labels=[rows])],
+        "condition": [profile(labels=[guided(one)]) for one in batches],
         "encoder": unique(encoder),
         "decoder": unique(decoder),
         "sampler": unique(sampler),
     }
     whole = exactly(length)
     if manifest.has("image_decoder.onnx"):
-        result["image_decoder"] = [profile(tokens=[batch, whole], positions=[batch, whole])]
+        result["image_decoder"] = [profile(tokens=[one, whole], positions=[one, whole]) for one in batches]
     if image_encoder and manifest.has("image_encoder.onnx"):
         assert model.image_size is not None
         size = exactly(model.image_size)
-        result["image_encoder"] = [profile(images=[batch, size, size, exactly(3)])]
+        result["image_encoder"] = [profile(images=[one, size, size, exactly(3)]) for one in batches]
     return result
 
 
@@ -86,6 +89,12 @@ def sampler_profile(model: ModelInfo, batch: Range, rows: Range, masked: Range, 
         confidence_noise=noise,
         keep=[keep],  # sets shapes, so that TensorRT wants its values
     )
+
+
+def guided(batch: Range) -> Range:
+    """Rows for a batch, with guidance and without."""
+    least, best, most = batch
+    return least, 2 * best, 2 * most
 
 
 def exactly(size: int) -> Range:

@@ -22,7 +22,7 @@ from polygraphy.logger import G_LOGGER
 
 from ..calibration.products import fixed
 from ..errors import ExportError, InputError, reason
-from ..runtime.backends.cuda import device_index
+from ..runtime.backends.cuda import device_index, use_device
 from ..runtime.backends.tensorrt import Logger, load_plan, platform_of, refit
 from ..runtime.builds import (
     FOLDER,
@@ -44,6 +44,7 @@ from .progress_monitor import ProgressMonitor
 from .tensorrt_graphs import prepare
 
 WEIGHTS = ("included", "refittable", "stripped")
+FAULTY_REFIT = "11.3."  # "may produce incorrect numerical output": NVIDIA, TensorRT 11.3.0, Refitting an Engine
 LEAST_CAPABILITY = 7.5  # compute capability; TensorRT 10.13 and later serve Turing and what came after it
 
 Report = Callable[[str], None]
@@ -53,15 +54,16 @@ Report = Callable[[str], None]
 class Options:
     """What a build is made for.
 
-    steps: numbers of sampling steps whose shapes get profiles of their own. max_batch, best_batch: images at once, at most and
-    usually. weights: in the plans ("included"), there and exchangeable ("refittable"), or taken from the graphs at load ("stripped").
+    steps: numbers of sampling steps whose shapes get profiles of their own. max_batch: images at once, at
+    most. best_batch: those that the build is tuned for, the smallest first; each has profiles of its own, for what lies above the one
+    before. weights: in the plans ("included"), there and exchangeable ("refittable"), or taken from the graphs at load ("stripped").
     hardware: the GPUs that the plans serve: this model, the same compute capability, or all from Ampere on. version_compatible: with
     later TensorRT of the same major version too. tf32: 10 bits of float32's 23 in products. level: 0 (quick to build) to 5 (fast).
     """
 
     steps: tuple[int, ...]
     max_batch: int = 16
-    best_batch: int = 1
+    best_batch: tuple[int, ...] = (1,)
     weights: str = "included"
     hardware: str = "this"
     version_compatible: bool = False
@@ -74,8 +76,25 @@ class Options:
                 raise InputError(f"unknown {name} {value!r}; expected {', '.join(allowed)}")
         if not 0 <= self.level <= 5:
             raise InputError(f"expected an optimization level of 0 to 5, got {self.level}")
-        if not 1 <= self.best_batch <= self.max_batch:
-            raise InputError(f"expected a best batch of 1 to the largest, {self.max_batch}, got {self.best_batch}")
+        bests = self.best_batch
+        if not bests or list(bests) != sorted(set(bests)) or not 1 <= bests[0] <= bests[-1] <= self.max_batch:
+            found = ",".join(map(str, bests))
+            raise InputError(f"expected best batches of 1 to the largest, {self.max_batch}, the smallest first, got {found}")
+        if self.version_compatible and self.weights != "included":
+            raise InputError(
+                f"--version-compatible goes with --weights included, not {self.weights}: the runtime in such plans takes no weights"
+            )
+        if self.weights == "refittable" and trt.__version__.startswith(FAULTY_REFIT):
+            raise InputError(
+                f"TensorRT {trt.__version__}: refittable plans may compute wrongly (a known issue of that release); "
+                "expected --weights stripped or included, or another TensorRT"
+            )
+
+    @property
+    def batches(self) -> list[tuple[int, int, int]]:
+        """Ranges of images at once, (least, best, most): up to each best batch, and the last one up to the largest."""
+        firsts, mosts = (1, *(best + 1 for best in self.best_batch[:-1])), (*self.best_batch[:-1], self.max_batch)
+        return list(zip(firsts, self.best_batch, mosts))
 
 
 def check_options(device: str = "cuda:0", timing_cache: Path | None = None, refit: Path | None = None, **options: Any) -> None:
@@ -105,7 +124,7 @@ def build_engine(
     new build. A build of the same graphs, TensorRT, device and options is used as it is unless `force`.
     Raises InputError, ExportError; the engine stays as it was until all is written.
     """
-    index = device_index(device)
+    index = use_device(device)  # TensorRT builds on the current one
     manifest = read_manifest(engine)
     options = Options(tuple(steps) or (manifest.sampling.steps,), **settings)
     here = platform_of(index)
@@ -145,10 +164,9 @@ def build_engine(
 
 def describe(manifest: Manifest, here: Platform, options: Options) -> Build:
     """What a build with these options is to be: its profiles, and what it depends on."""
-    batch = (1, options.best_batch, options.max_batch)
-    profiles = graph_profiles(manifest, options.steps, batch, modulation_shapes(manifest))
+    profiles = graph_profiles(manifest, options.steps, options.batches, modulation_shapes(manifest))
     graphs = {name: BuiltGraph(graph_source(manifest, name), tuple(own)) for name, own in profiles.items()}
-    return Build(here, asdict(options) | {"steps": list(options.steps)}, graphs, {})
+    return Build(here, asdict(options) | {"steps": list(options.steps), "best_batch": list(options.best_batch)}, graphs, {})
 
 
 def modulation_shapes(manifest: Manifest) -> dict[str, Shape]:
@@ -215,7 +233,10 @@ def refitted(plan: Path, graph: Path) -> bytes:
     logger = Logger()
     engine = load_plan(trt.Runtime(logger), plan, logger)
     refit(engine, graph, logger)
-    return bytes(memoryview(engine.serialize()))
+    config = engine.create_serialization_config()
+    if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):
+        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # so that it takes the next weights, too
+    return bytes(memoryview(engine.serialize_with_config(config)))
 
 
 def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:

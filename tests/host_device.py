@@ -17,7 +17,7 @@ from enat.runtime.backends import Array
 from enat.runtime.backends.device import ALIGNMENT, DeviceMemoryError, DeviceTensor
 from enat.runtime.backends.device_lane import DeviceLane, Lanes
 from enat.runtime.backends.onnxruntime_cuda import OrtLane
-from enat.runtime.backends.sessions import Sessions
+from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.manifest import Manifest
 
 
@@ -121,8 +121,7 @@ class HostBackend:
     device = "cpu"
 
     def __init__(self, manifest: Manifest, slots: int = 1, limit: int = 2**40, options: ort.SessionOptions | None = None) -> None:
-        provider = "CPUExecutionProvider"
-        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options or ort.SessionOptions(), [provider], provider)
+        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options or ort.SessionOptions(), lambda graph: CPU)
         self.lanes = Lanes(lambda: HostLane(manifest, HostDevice(limit), self.sessions, "cpu"), slots)
 
     def lease(self) -> AbstractContextManager[DeviceLane]:

@@ -90,9 +90,23 @@ def test_onnxruntime_needs_its_own_tensorrt(monkeypatch: pytest.MonkeyPatch, ver
 def test_float32_stays_float32_on_a_gpu(engines: Callable[[str], Path]) -> None:
     manifest = read_manifest(engines("tiny"))
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
-        providers = dict(cls.providers(object.__new__(cls), 3, manifest))
-        assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0}
-        assert next(iter(providers)) == cls.provider
+        for graph in ("encoder", "sampler"):
+            providers = dict(cls.providers(object.__new__(cls), graph, 3, manifest))
+            assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0}
+            assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
+
+
+@pytest.mark.parametrize("float_type", ["float32", "float16"])
+def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(engine_copy: Path, float_type: str) -> None:
+    cls = onnxruntime_cuda.OnnxRuntimeTensorRTBackend
+    manifest = dataclasses.replace(read_manifest(engine_copy), float_type=float_type)
+    options = dict(cls.providers(object.__new__(cls), "decoder", 0, manifest))[cls.provider]
+    assert Path(options["trt_engine_cache_path"]).is_dir()
+    assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == (float_type == "float16")
+    (engine_copy / "tensorrt" / "onnxruntime").rmdir()
+    (engine_copy / "tensorrt" / "onnxruntime").write_text("")
+    with pytest.raises(BackendError, match=r"onnxruntime: cannot be written"):
+        cls.providers(object.__new__(cls), "decoder", 0, manifest)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +118,9 @@ def test_float32_stays_float32_on_a_gpu(engines: Callable[[str], Path]) -> None:
         (["--precision", "fp16", "--out", "x", "--steps", "8"], ["--steps goes with --ckpt or --tensorrt"]),
         (["--precision", "fp16"], ["expected --out with a directory to write"]),
         (["--tensorrt", "--steps", "8,x"], ["--steps: expected a number, or numbers with commas between, got '8,x'"]),
-        (["--tensorrt", "--max-batch", "0"], ["expected a best batch of 1 to the largest, 0, got 1"]),
+        (["--tensorrt", "--max-batch", "0"], ["expected best batches of 1 to the largest, 0, the smallest first, got 1"]),
+        (["--tensorrt", "--best-batch", "8,1"], ["expected best batches of 1 to the largest, 16, the smallest first, got 8,1"]),
+        (["--tensorrt", "--version-compatible", "--weights", "stripped"], ["goes with --weights included, not stripped"]),
         (["--tensorrt", "--refit", "nowhere"], ["nowhere: expected an engine directory"]),
         (["--tensorrt", "--device", "cpu"], ["expected the device cpu, cuda or cuda:N, got 'cpu'"]),
     ],

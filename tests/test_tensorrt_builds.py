@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_
 
 
 def make_build(manifest: Manifest, platform: Platform = HERE, **options: Any) -> Build:
-    profiles = graph_profiles(manifest, [8], (1, 1, 4), modulation(manifest))
+    profiles = graph_profiles(manifest, [8], [(1, 1, 4)], modulation(manifest))
     graphs = {name: BuiltGraph(graph_source(manifest, name), tuple(own)) for name, own in profiles.items()}
     return Build(platform, {"steps": [8], "max_batch": 4, "weights": "included", **options}, graphs, {})
 
@@ -161,7 +163,7 @@ class Builds:
         self.failing = False
         monkeypatch.setattr(trt, "Builder", self.builder)
         monkeypatch.setattr(trt, "OnnxParser", self.parser)
-        monkeypatch.setattr("enat.export.tensorrt_build.device_index", lambda device: 0)
+        monkeypatch.setattr("enat.export.tensorrt_build.use_device", lambda device: 0)
         monkeypatch.setattr("enat.export.tensorrt_build.platform_of", lambda index: HERE)
 
     def builder(self, logger: Any) -> StandIn:
@@ -216,7 +218,7 @@ def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: 
     trt = builds.trt
     lines: list[str] = []
     manifest = read_manifest(engine_copy)
-    build = build_engine(engine_copy, [8], max_batch=4, best_batch=2, hardware="same", report=lines.append)
+    build = build_engine(engine_copy, [8], max_batch=4, best_batch=(2,), hardware="same", report=lines.append)
     flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     assert [call[1][0] & flag for builder in builds.builders for call in builder.calls if call[0] == "create_network"] == [flag] * len(
         GRAPHS
@@ -239,7 +241,7 @@ def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: 
     assert read_manifest(engine_copy).hash == manifest.hash
     # The same again is not built twice, something else is.
     made = len(builds.configs)
-    assert build_engine(engine_copy, [8], max_batch=4, best_batch=2, hardware="same", report=lines.append).id == build.id
+    assert build_engine(engine_copy, [8], max_batch=4, best_batch=(2,), hardware="same", report=lines.append).id == build.id
     assert len(builds.configs) == made and lines[-1] == f"already built: {build.folder}"
     assert build_engine(engine_copy, [8], max_batch=8, report=lines.append).id != build.id
     build_engine(engine_copy, [8], max_batch=8, force=True)
@@ -274,20 +276,28 @@ def test_a_build_that_fails_leaves_the_engine_as_it_was(builds: Builds, engine_c
     assert {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()} == before
 
 
-def test_wrong_options(builds: Builds, engine_copy: Path) -> None:
+def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from enat.export.tensorrt_build import build_engine
 
     for options, message in (
         ({"weights": "none"}, "unknown weights 'none'; expected included, refittable, stripped"),
         ({"hardware": "any"}, "unknown hardware 'any'"),
         ({"level": 6}, "optimization level of 0 to 5, got 6"),
-        ({"max_batch": 0}, "best batch of 1 to the largest, 0"),
+        ({"max_batch": 0}, "best batches of 1 to the largest, 0, the smallest first, got 1"),
+        ({"best_batch": (1, 32)}, "best batches of 1 to the largest, 16, the smallest first, got 1,32"),
+        ({"best_batch": (8, 1)}, "the smallest first, got 8,1"),
+        ({"best_batch": ()}, "the smallest first, got "),
+        ({"version_compatible": True, "weights": "stripped"}, "--version-compatible goes with --weights included, not stripped"),
         ({"steps": [100]}, "expected 1 to 64 steps, got 100"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             build_engine(engine_copy, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="has no build with these options to refit"):
         build_engine(engine_copy, [8], refit=engine_copy)
+    with monkeypatch.context() as changed:
+        changed.setattr(builds.trt, "__version__", "11.3.0.1")
+        with pytest.raises(InputError, match=r"TensorRT 11\.3\.0\.1: refittable plans may compute wrongly"):
+            build_engine(engine_copy, [8], weights="refittable")
     assert builds.configs == []
 
 
@@ -298,6 +308,7 @@ class Plans:
         self.trt = trt
         self.engine = engine
         self.contexts: list[StandIn] = []
+        self.making: Callable[[], bool] = lambda: True
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -311,10 +322,15 @@ class Plans:
             for one in onnx.load(self.engine / f"{graph}.onnx").graph.output
         }
         return StandIn(
-            self.trt.ICudaEngine, name=graph, create_execution_context=lambda strategy: self.context(graph), get_tensor_shape=outputs.get
+            self.trt.ICudaEngine,
+            name=graph,
+            create_execution_context=lambda strategy: self.context(graph),
+            get_tensor_shape=outputs.get,
+            get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
         )
 
     def context(self, graph: str) -> StandIn:
+        assert self.making()
         found = StandIn(
             self.trt.IExecutionContext,
             name=graph,
@@ -336,50 +352,107 @@ class StreamDevice(HostDevice):
         super().__init__()
 
 
-def test_running_asks_tensorrt_for_what_was_meant(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts of the right profiles, their shapes, addresses of memory that is there; and no more of them when runs are repeated."""
+@dataclasses.dataclass
+class Running:
+    """An engine on TensorRT's stand-ins."""
+
+    pipeline: Pipeline
+    plans: Plans
+
+    @property
+    def lane(self) -> Any:
+        (lane,) = self.pipeline.backend.lanes.made  # type: ignore[attr-defined]
+        return lane
+
+
+@pytest.fixture
+def running(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     from enat.runtime.backends import tensorrt as backend_module
 
     manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
     plans = Plans(trt, engine_copy)
     Plans.real_runtime = trt.Runtime
     monkeypatch.setattr(trt, "Runtime", plans.runtime)
-    monkeypatch.setattr(backend_module, "device_index", lambda device: 0)
+    monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
     monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
-    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
-    with Pipeline(manifest, backend) as pipeline:
-        steps = pipeline.schedule(8)
-        pipeline.generate([1, 2, 3], seed=0, steps=8)
-        made = [context.name for context in plans.contexts]
-        assert made.count("decoder") == made.count("sampler") == 8 and made.count("encoder") == 7 and len(made) == 25
-        profiles = {"decoder": iter(range(8)), "sampler": iter(range(8)), "encoder": iter(range(7))}
-        lane = pipeline.backend.lanes.made[0]  # type: ignore[attr-defined]
-        for context in plans.contexts:
-            asked = dict(context.calls)
-            assert asked["set_optimization_profile_async"] == (next(profiles.get(context.name, iter([0]))), 77)
-            assert asked["execute_async_v3"] == (77,)
-            scratch, size = asked["set_device_memory"]
-            lane.device.at(scratch, size)
-            addresses = dict(arguments for name, arguments in context.calls if name == "set_tensor_address")
-            graph = onnx.load(engine_copy / f"{context.name}.onnx").graph
-            assert set(addresses) == {port.name for port in (*graph.input, *graph.output)}
-            assert all(address % 256 == 0 for name, address in addresses.items() if name != "keep")
-        samplers = [context for context in plans.contexts if context.name == "sampler"]
-        for step, context in zip(steps, samplers, strict=True):
-            shapes = dict(arguments for name, arguments in context.calls if name == "set_input_shape")
-            assert shapes["logits"] == (6 if step.index else 3, step.masked, manifest.model.codes)
-            assert "keep" not in shapes
-        for seed in range(3):
-            pipeline.generate([4, 5, 6], seed=seed, steps=8)
-        assert len(plans.contexts) == 25
-        runs = [sum(name == "execute_async_v3" for name, _ in context.calls) for context in plans.contexts]
-        assert set(runs) == {2}  # once to run, once to be recorded
-        pipeline.generate([1], seed=0, steps=5)  # by the general profiles
-        general = {context.name: context for context in plans.contexts[25:]}
-        assert ("set_optimization_profile_async", (7, 77)) in general["encoder"].calls
-        with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build; expected at most 4"):
-            pipeline.generate([1] * 5, seed=0)
+    with Pipeline(manifest, backend_module.TensorRTBackend(manifest, "cuda:0")) as pipeline:
+        yield Running(pipeline, plans)
+
+
+def test_running_asks_tensorrt_for_what_was_meant(running: Running, engine_copy: Path) -> None:
+    """Contexts of the right profiles, their shapes, addresses of memory that is there; and no more of them when runs are repeated."""
+    pipeline, plans, manifest = running.pipeline, running.plans, running.pipeline.manifest
+    steps = pipeline.schedule(8)
+    pipeline.generate([1, 2, 3], seed=0, steps=8)
+    made = [context.name for context in plans.contexts]
+    assert made.count("decoder") == made.count("sampler") == 8 and made.count("encoder") == 7 and len(made) == 25
+    profiles = {"decoder": iter(range(8)), "sampler": iter(range(8)), "encoder": iter(range(7))}
+    for context in plans.contexts:
+        asked = dict(context.calls)
+        assert asked["set_optimization_profile_async"] == (next(profiles.get(context.name, iter([0]))), 77)
+        assert asked["execute_async_v3"] == (77,)
+        scratch, size = asked["set_device_memory"]
+        running.lane.device.at(scratch, size)
+        addresses = dict(arguments for name, arguments in context.calls if name == "set_tensor_address")
+        graph = onnx.load(engine_copy / f"{context.name}.onnx").graph
+        assert set(addresses) == {port.name for port in (*graph.input, *graph.output)}
+        assert all(address % 256 == 0 for name, address in addresses.items() if name != "keep")
+    samplers = [context for context in plans.contexts if context.name == "sampler"]
+    for step, context in zip(steps, samplers, strict=True):
+        shapes = dict(arguments for name, arguments in context.calls if name == "set_input_shape")
+        assert shapes["logits"] == (6 if step.index else 3, step.masked, manifest.model.codes)
+        assert "keep" not in shapes
+    for seed in range(3):
+        pipeline.generate([4, 5, 6], seed=seed, steps=8)
+    assert len(plans.contexts) == 25
+    runs = [sum(name == "execute_async_v3" for name, _ in context.calls) for context in plans.contexts]
+    assert set(runs) == {2}  # once to run, once to be recorded
+    pipeline.generate([1], seed=0, steps=5)  # by the general profiles
+    general = {context.name: context for context in plans.contexts[25:]}
+    assert ("set_optimization_profile_async", (7, 77)) in general["encoder"].calls
+    with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build; expected at most 4"):
+        pipeline.generate([1] * 5, seed=0)
+
+
+def drawn(running: Running, images: int, steps: int = 8, callback: Any = None) -> int:
+    """How many contexts a run makes; none of them while it is recorded."""
+    before = len(running.plans.contexts)
+    running.plans.making = lambda: all(not lane.recording for lane in running.pipeline.backend.lanes.made)  # type: ignore[attr-defined]
+    running.pipeline.generate([1] * images, seed=0, steps=steps, callback=callback)
+    return len(running.plans.contexts) - before
+
+
+def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
+    """One for each profile, set to the shapes of the moment."""
+    watch = lambda step, steps, preview: None  # noqa: E731
+    assert drawn(running, 1, callback=watch) == 25
+    assert drawn(running, 4, callback=watch) == drawn(running, 1, callback=watch) == 0
+    assert drawn(running, 1, steps=40, callback=watch) == 3  # the general profiles
+    general = next(context for context in running.plans.contexts[25:] if context.name == "sampler")
+    addresses = [arguments[1] for name, arguments in general.calls if name == "set_tensor_address" and arguments[0] == "keep"]
+    keeps = [ctypes.c_int64.from_address(address).value for address in addresses]  # what was bound stays as it was
+    assert len(keeps) > 30 and keeps == sorted(keeps, reverse=True)
+    assert set(keeps) <= {step.keep for step in running.pipeline.schedule(40)}
+    assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
+
+
+def test_records_make_room_for_contexts(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enat.runtime.backends.tensorrt.CONTEXTS", 60)
+    assert [drawn(running, images) for images in (1, 2, 1, 3, 3, 3, 2, 2, 1)] == [25, 25, 0, 25, 0, 0, 25, 0, 25]
+    assert sum(len(record.executions) for record in running.lane.kept.values()) <= 60
+
+
+def test_runs_too_long_to_be_recorded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enat.runtime.backends.tensorrt.CONTEXTS", 10)
+    assert drawn(running, 2) == 10 + 15
+    with pytest.warns(
+        RuntimeWarning, match="not recorded as one launch, its graphs are launched one by one: decoder: no execution context"
+    ):
+        assert drawn(running, 2) == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn(running, 2) == drawn(running, 2) == 0
 
 
 class Refits:
@@ -411,7 +484,7 @@ def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: 
     plans, refits = Plans(trt, engine_copy), Refits(trt, monkeypatch)
     Plans.real_runtime = trt.Runtime
     monkeypatch.setattr(trt, "Runtime", plans.runtime)
-    monkeypatch.setattr(backend_module, "device_index", lambda device: 0)
+    monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
     backend = backend_module.TensorRTBackend(manifest, "cuda:0")
     for _ in range(2):
@@ -432,11 +505,14 @@ def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_
     assert all(trt.BuilderFlag.REFIT in {call[1][0] for call in config.calls if call[0] == "set_flag"} for config in builds.configs)
     made = len(builds.configs)
     refits, runtime = Refits(trt, monkeypatch), trt.Runtime
-    engine = StandIn(trt.ICudaEngine, serialize=lambda: b"refitted")
+    config = StandIn(trt.ISerializationConfig)
+    engine = StandIn(trt.ICudaEngine, create_serialization_config=lambda: config, serialize_with_config=lambda config: b"refitted")
     monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(runtime, deserialize_cuda_engine=lambda plan: engine))
     build = build_engine(new, [8], refit=engine_copy)
     assert refits.files == [str(new / f"{graph}.onnx") for graph in first.graphs]
     assert (new / build.plan("encoder")).read_bytes() == b"refitted"
+    refittable = getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)
+    assert {call[1][0] for call in config.calls if call[0] == "set_flag"} == ({refittable} if refittable else set())
     assert len(builds.configs) == made
     with pytest.raises(InputError, match="has no build with these options to refit"):
         build_engine(new, [4], refit=engine_copy)

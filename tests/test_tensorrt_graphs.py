@@ -95,7 +95,7 @@ def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_pat
 
 def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
     length = manifest.model.length
-    profiles = graph_profiles(manifest, [8], (1, 4, 16), modulation(manifest))
+    profiles = graph_profiles(manifest, [8], [(1, 4, 16)], modulation(manifest))
     steps = schedule(length, 8, 1, 1, 1)
     assert {name: len(own) for name, own in profiles.items()} == {
         "condition": 1,
@@ -119,8 +119,8 @@ def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
 
 
 def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
-    both = graph_profiles(manifest, [4, 8, 8], (1, 1, 4), modulation(manifest))
-    separate = [graph_profiles(manifest, [number], (1, 1, 4), modulation(manifest)) for number in (4, 8)]
+    both = graph_profiles(manifest, [4, 8, 8], [(1, 1, 4)], modulation(manifest))
+    separate = [graph_profiles(manifest, [number], [(1, 1, 4)], modulation(manifest)) for number in (4, 8)]
     for graph, own in both.items():
         assert len(own) == len({json.dumps(one) for one in own})
         for others in separate:
@@ -132,8 +132,8 @@ def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
 def test_profiles_cover_whatever_the_loop_asks(engines: Callable[[str], Path], steps: int, batch: int, guidance: float) -> None:
     """Every call of a real run lies within a profile: of its own step where steps were named, else within the general one."""
     manifest = read_manifest(engines("tiny"))
-    exact = graph_profiles(manifest, [steps], (1, 2, 6), modulation(manifest))
-    general = {graph: own[-1:] for graph, own in graph_profiles(manifest, [], (1, 2, 6), modulation(manifest)).items()}
+    exact = graph_profiles(manifest, [steps], [(1, 2, 6)], modulation(manifest))
+    general = {graph: own[-1:] for graph, own in graph_profiles(manifest, [], [(1, 2, 6)], modulation(manifest)).items()}
     for graph, shapes in calls(manifest, steps, batch, guidance):
         found = covering_profile(exact[graph], shapes)
         assert found is not None
@@ -162,7 +162,7 @@ def calls(manifest: Manifest, steps: int, batch: int, guidance: float) -> list[t
 def test_profiles_shapes(precisions: dict[str, Path], name: str) -> None:
     """The least, best and largest shapes of every profile: ONNX's shape inference agrees with them, and so does a run."""
     manifest = read_manifest(precisions[name])
-    profiles = graph_profiles(manifest, [2, 8], (1, 2, 4), modulation(manifest))
+    profiles = graph_profiles(manifest, [2, 8], [(1, 2, 4)], modulation(manifest))
     for graph, own in profiles.items():
         original = onnx.load(manifest.path(f"{graph}.onnx"))
         session = ort.InferenceSession(original.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -210,9 +210,9 @@ def inferred(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> o
 
 def test_what_profiles_refuse(manifest: Manifest) -> None:
     with pytest.raises(InputError, match="expected 1 to 64 steps, got 65"):
-        graph_profiles(manifest, [65], (1, 1, 1), modulation(manifest))
+        graph_profiles(manifest, [65], [(1, 1, 1)], modulation(manifest))
     with pytest.raises(InputError, match="1 ≤ least ≤ best ≤ most, got 1, 8, 4"):
-        graph_profiles(manifest, [8], (1, 8, 4), modulation(manifest))
+        graph_profiles(manifest, [8], [(1, 8, 4)], modulation(manifest))
     large = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, grid=62))
     with pytest.raises(InputError, match=f"3844 tokens an image; TensorRT sorts at most {TOPK_LIMIT}"):
-        graph_profiles(large, [8], (1, 1, 1), modulation(manifest))
+        graph_profiles(large, [8], [(1, 1, 1)], modulation(manifest))

@@ -1,13 +1,14 @@
 #include "execution_providers.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "cores.hpp"
-#include "graphs.hpp"
 #include "int8_probe.hpp"
 #include "messages.hpp"
 
@@ -68,9 +69,14 @@ void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& ma
     const std::unique_ptr<OrtTensorRTProviderOptionsV2, decltype(api.ReleaseTensorRTProviderOptions)> tensorrt(
         created, api.ReleaseTensorRTProviderOptions);
     const std::string folder = (manifest.folder / "tensorrt" / "onnxruntime").string();  // where the Python runtime keeps them
+    std::error_code error;
+    std::filesystem::create_directories(folder, error);  // ONNX Runtime makes no more than the last folder of a path
+    if (error) throw BackendError(one_line(folder) + ": cannot be written: " + error.message());
+    const std::string half = manifest.float_type == "float16" ? "1" : "0";
     update(api.UpdateTensorRTProviderOptions, tensorrt.get(),
            {{"device_id", std::to_string(index)},
-            {"trt_fp16_enable", manifest.float_type == "float16" ? "1" : "0"},
+            {"trt_fp16_enable", half},
+            {"trt_layer_norm_fp32_fallback", half},
             {"trt_engine_cache_enable", "1"},
             {"trt_engine_cache_path", folder},
             {"trt_timing_cache_enable", "1"},
@@ -90,7 +96,7 @@ Device parse_device(const std::string& text) {
     return {true, std::stoi(digits)};
 }
 
-Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options) {
+Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph) {
     const Device device = parse_device(options.device);
     const std::string provider = options.provider.empty() ? (device.cuda ? "cuda" : "cpu") : options.provider;
     if (provider != "cpu" && provider != "cuda" && provider != "tensorrt") {
@@ -111,7 +117,8 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         // Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         session.AddConfigEntry("session.force_spinning_stop", "1");
-        if (provider == "tensorrt") append_tensorrt(session, device.index, manifest);
+        // TensorRT may choose float16 for what a graph has in float32; the sampler's numbers are float32 in every engine.
+        if (provider == "tensorrt" && graph != Graph::sampler) append_tensorrt(session, device.index, manifest);
         if (provider != "cpu") append_cuda(session, device.index);
         if (provider == "cpu" && manifest.precision == "int8" && manifest.weight_bits > safe_weight_bits && int8_saturates(env)) {
             session.AddConfigEntry("session.x64quantprecision", "1");  // slower kernels, but right ones

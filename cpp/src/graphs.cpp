@@ -114,25 +114,25 @@ Graphs::Graphs(const Manifest& manifest, const Options& options)
     const Device device = parse_device(options.device);
     device_memory_ = device.cuda ? Ort::MemoryInfo("Cuda", OrtDeviceAllocator, device.index, OrtMemTypeDefault)
                                  : Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
-    const Ort::SessionOptions session_options = make_session_options(env_, manifest, options);
     std::vector<Graph> wanted = {Graph::condition, Graph::encoder, Graph::decoder, Graph::sampler};
     if (manifest.has(contract(Graph::image_decoder).file)) wanted.push_back(Graph::image_decoder);
     // On the CPU all at once: loading is the larger part of a short run.
     const auto policy = device.cuda ? std::launch::deferred : std::launch::async;
     std::vector<std::future<Loaded>> loading;
     for (const Graph graph : wanted) {
-        loading.push_back(std::async(policy, [&, graph] { return load(graph, manifest, session_options); }));
+        loading.push_back(std::async(policy, [&, graph] { return load(graph, manifest, options); }));
     }
     for (auto& graph : loading) graphs_.push_back(graph.get());
 }
 
-Graphs::Loaded Graphs::load(Graph graph, const Manifest& manifest, const Ort::SessionOptions& options) const {
+Graphs::Loaded Graphs::load(Graph graph, const Manifest& manifest, const Options& options) {
     const Contract& expected = contract(graph);
     Loaded loaded;
     loaded.file = manifest.folder / expected.file;
+    const Ort::SessionOptions session_options = make_session_options(env_, manifest, options, graph);
     std::map<std::string, ONNXTensorElementDataType> inputs, outputs;
     try {
-        loaded.session = Ort::Session(env_, loaded.file.c_str(), options);
+        loaded.session = Ort::Session(env_, loaded.file.c_str(), session_options);
         Ort::AllocatorWithDefaultOptions allocator;
         for (std::size_t i = 0; i < loaded.session.GetInputCount(); ++i) {
             inputs[loaded.session.GetInputNameAllocated(i, allocator).get()] = element_type(loaded.session.GetInputTypeInfo(i));

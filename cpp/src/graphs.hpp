@@ -53,7 +53,7 @@ private:
         Ort::Session session{nullptr};
     };
 
-    Loaded load(Graph graph, const Manifest& manifest, const Ort::SessionOptions& options) const;
+    Loaded load(Graph graph, const Manifest& manifest, const Options& options);
 
     ONNXTensorElementDataType float_type_;
     Ort::Env env_;

@@ -42,6 +42,13 @@ def device_index(device: str) -> int:
     return index
 
 
+def use_device(device: str) -> int:
+    """Makes cuda or cuda:N this thread's current device → its number. Raises what `device_index` raises."""
+    index = device_index(device)
+    call(cudart.cudaSetDevice, index)
+    return index
+
+
 def device_facts(index: int) -> tuple[str, str]:
     """Name and compute capability ("NVIDIA H200", "9.0") of a device."""
     properties = call(cudart.cudaGetDeviceProperties, index)

@@ -6,10 +6,11 @@ import contextlib
 import math
 import queue
 import traceback
+import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,16 @@ RECORDS = 16  # that a lane keeps; each holds a program's inputs and outputs
 
 @dataclass
 class Record:
-    """A program that ran once: its inputs, where they are kept, and from the second run on what launches it."""
+    """A program that ran once: its inputs, where they are kept, and from the second run on what launches it.
+
+    executions: what the backend made for its graphs, and for nothing else. recordable: False where recording it failed.
+    """
 
     inputs: dict[str, DeviceTensor]
+    executions: dict[Any, Any] = field(default_factory=dict)
     launch: Callable[[], None] | None = None
     outputs: Sequence[DeviceTensor] = ()
+    recordable: bool = True
 
 
 class DeviceLane(ABC):
@@ -44,6 +50,7 @@ class DeviceLane(ABC):
         self.arena = Arena(device, self.forget)
         self.staging = np.empty(0, np.uint8)
         self.kept: OrderedDict[Hashable, Record] = OrderedDict()
+        self.running: Record | None = None  # whose program runs, where it is one that is to be recorded
         self.recording = False
         self.dry = False  # nothing is launched, only memory counted
 
@@ -133,28 +140,51 @@ class DeviceLane(ABC):
         if key not in self.kept:
             while len(self.kept) >= RECORDS:
                 self.kept.popitem(last=False)
-            inputs = self.upload_all(arrays)
-            result = [self.download(tensor) for tensor in program(inputs)]
-            self.kept[key] = Record(inputs)
+            record = Record(self.upload_all(arrays))
+            with self.running_for(record):
+                result = [self.download(tensor) for tensor in program(record.inputs)]
+            self.kept[key] = record
             return result
         record = self.kept[key]
         self.kept.move_to_end(key)
         self.refill(record.inputs, arrays)
+        if record.launch is None and record.recordable:
+            self.record(key, record, program)
         if record.launch is None:
-
-            def launch() -> None:
-                record.outputs = program(record.inputs)
-
-            self.recording = True
-            try:
-                record.launch = self.device.record(launch)
-            except BaseException:
-                del self.kept[key]
-                raise
-            finally:
-                self.recording = False
+            return [self.download(tensor) for tensor in program(record.inputs)]
         record.launch()
         return [self.download(tensor) for tensor in record.outputs]
+
+    def record(self, key: Hashable, record: Record, program: Program) -> None:
+        """Records a program that ran once. Where that fails it is run graph by graph from then on, with a warning."""
+
+        def launch() -> None:
+            record.outputs = program(record.inputs)
+
+        self.recording = True
+        try:
+            with self.running_for(record):
+                record.launch = self.device.record(launch)
+        except BackendError as error:
+            if isinstance(error, DeviceMemoryError):
+                del self.kept[key]
+                raise
+            record.recordable, record.outputs = False, ()
+            record.executions.clear()
+            warnings.warn(f"not recorded as one launch, its graphs are launched one by one: {error}", RuntimeWarning, stacklevel=2)
+        except BaseException:
+            del self.kept[key]
+            raise
+        finally:
+            self.recording = False
+
+    @contextlib.contextmanager
+    def running_for(self, record: Record) -> Iterator[None]:
+        self.running = record
+        try:
+            yield
+        finally:
+            self.running = None
 
     def forget(self) -> bool:
         """Drops all records, so that memory may be given back; not while one is being made."""
@@ -179,6 +209,7 @@ class DeviceLane(ABC):
         return f"{found}; a batch of {fitting} fits" if fitting else f"{found}; not even one fits"
 
     def close(self) -> None:
+        self.device.enter()
         self.forget()
         self.arena.free_unused()
         self.device.close()
@@ -218,11 +249,11 @@ def batch_of(arrays: Mapping[str, Array]) -> int:
 
 
 def pack(arrays: Mapping[str, Array]) -> tuple[dict[str, int], int]:
-    """Offsets of arrays that lie one after the other in memory, and the bytes of all."""
+    """Offsets of arrays that lie one after the other in memory, and the bytes of all. Empty ones have places of their own too."""
     offsets, size = {}, 0
     for name, array in arrays.items():
         offsets[name] = size
-        size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        size += -(-max(1, array.nbytes) // ALIGNMENT) * ALIGNMENT
     return offsets, size
 
 

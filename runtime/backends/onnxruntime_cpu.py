@@ -16,7 +16,7 @@ from ..manifest import Manifest
 from . import Array
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .numpy_lane import NumpyLane
-from .sessions import Sessions, first_line
+from .sessions import CPU, Sessions, first_line
 
 
 @functools.cache
@@ -46,7 +46,7 @@ class OnnxRuntimeBackend(NumpyLane):
         if too_wide(manifest, int8_saturates):
             self.options.add_session_config_entry("session.x64quantprecision", "1")
             warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=2)
-        self.sessions = Sessions(self.path, self.options, ["CPUExecutionProvider"], "CPUExecutionProvider")
+        self.sessions = Sessions(self.path, self.options, lambda graph: CPU)
 
     def path(self, graph: str) -> Path:
         return self.manifest.path(f"{graph}.onnx")

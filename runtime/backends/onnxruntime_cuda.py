@@ -6,18 +6,17 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ...errors import BackendError
+from ...errors import BackendError, reason
 from ..manifest import Manifest
 from . import Array
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane, Lanes
-from .sessions import Sessions, first_line
+from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[gpu]'"
@@ -31,16 +30,18 @@ class OnnxRuntimeCudaBackend:
     provider = "CUDAExecutionProvider"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
         check_packages(self.provider)
         index = device_index(device)
         self.device = f"cuda:{index}"
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, self.providers(index, manifest), self.provider)
+        self.sessions = Sessions(
+            lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: self.providers(graph, index, manifest)
+        )
         self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), self.sessions, "cuda"), slots)
 
-    def providers(self, index: int, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    def providers(self, graph: str, index: int, manifest: Manifest) -> Providers:
         # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
         return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0})]
 
@@ -54,7 +55,9 @@ class OnnxRuntimeCudaBackend:
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
     """Sessions on the TensorRT execution provider, which builds engines of its own when it meets new shapes, and keeps them beside
-    the graphs."""
+    the graphs. Types are not strict to it: with float16 allowed it may choose it for what a graph has in float32, so that the sampler,
+    whose numbers are float32 in every engine, is left to the CUDA provider.
+    """
 
     name = "onnxruntime-tensorrt"
     provider = "TensorrtExecutionProvider"
@@ -63,17 +66,25 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         load_tensorrt()
         super().__init__(manifest, device, threads, slots)
 
-    def providers(self, index: int, manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
-        folder = str(manifest.folder / "tensorrt" / "onnxruntime")
+    def providers(self, graph: str, index: int, manifest: Manifest) -> Providers:
+        others = super().providers(graph, index, manifest)
+        if graph == "sampler":
+            return others
+        folder, half = manifest.folder / "tensorrt" / "onnxruntime", manifest.float_type == "float16"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # ONNX Runtime makes no more than the last folder of a path
+        except OSError as error:
+            raise BackendError(f"{folder}: cannot be written: {reason(error)}") from error
         options = {
             "device_id": index,
-            "trt_fp16_enable": manifest.float_type == "float16",
+            "trt_fp16_enable": half,
+            "trt_layer_norm_fp32_fallback": half,
             "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": folder,
+            "trt_engine_cache_path": str(folder),
             "trt_timing_cache_enable": True,
-            "trt_timing_cache_path": folder,
+            "trt_timing_cache_path": str(folder),
         }
-        return [(self.provider, options), *super().providers(index, manifest)]
+        return [(self.provider, options), *others]
 
 
 def check_packages(provider: str) -> None:

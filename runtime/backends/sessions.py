@@ -11,13 +11,16 @@ import onnxruntime as ort
 
 from ...errors import BackendError
 
+Providers = Sequence[tuple[str, dict[str, Any]]]  # execution providers and their options
+CPU: Providers = [("CPUExecutionProvider", {})]
+
 
 class Sessions:
     """An engine's graphs as ONNX Runtime sessions, each made when it is first asked for."""
 
-    def __init__(self, path: Callable[[str], Path], options: ort.SessionOptions, providers: Sequence[Any], wanted: str) -> None:
-        self.path, self.options, self.providers = path, options, list(providers)
-        self.wanted = wanted  # the provider that must run them
+    def __init__(self, path: Callable[[str], Path], options: ort.SessionOptions, providers: Callable[[str], Providers]) -> None:
+        self.path, self.options = path, options
+        self.providers = providers  # of a graph, the first being the one that must run it
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.lock = threading.Lock()
 
@@ -25,13 +28,14 @@ class Sessions:
         """Raises BackendError where ONNX Runtime cannot load the graph."""
         with self.lock:
             if graph not in self.sessions:
-                path = self.path(graph)
+                path, providers = self.path(graph), self.providers(graph)
+                wanted, _ = providers[0]
                 try:
-                    session = ort.InferenceSession(path, self.options, providers=self.providers)
+                    session = ort.InferenceSession(path, self.options, providers=list(providers))
                 except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
                     raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
-                if self.wanted not in session.get_providers():  # it falls back to the CPU with no more than a log line
-                    raise BackendError(f"{path}: ONNX Runtime {ort.__version__} could not start its {self.wanted}")
+                if wanted not in session.get_providers():  # it falls back to the CPU with no more than a log line
+                    raise BackendError(f"{path}: ONNX Runtime {ort.__version__} could not start its {wanted}")
                 self.sessions[graph] = session
             return self.sessions[graph]
 

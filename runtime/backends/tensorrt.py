@@ -16,11 +16,11 @@ from ...errors import BackendError, InputError
 from ..builds import Platform, choose_build, covering_profile
 from ..manifest import Manifest
 from . import Array, Program
-from .cuda import CudaDevice, device_facts, device_index
+from .cuda import CudaDevice, device_facts, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane, Lanes, batch_of
 
-CONTEXTS = 512  # that a lane keeps for single shapes; a recorded run of 8 steps needs 25
+CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
 
 
 def platform_of(index: int) -> Platform:
@@ -61,7 +61,7 @@ class TensorRTBackend:
     name = "tensorrt"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        index = device_index(device)
+        index = use_device(device)
         self.device = f"cuda:{index}"
         self.manifest = manifest
         self.build = choose_build(manifest, platform_of(index))
@@ -83,6 +83,8 @@ class TensorRTBackend:
                 if graph not in self.build.graphs:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} has no {graph}")
                 engine = load_plan(self.runtime, self.manifest.folder / self.build.plan(graph), self.logger)
+                if graph == "sampler" and engine.get_tensor_location("keep") != trt.TensorLocation.HOST:
+                    raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} wants keep on the device")
                 source = self.build.graphs[graph].weights
                 if source is not None:
                     refit(engine, self.manifest.folder / source, self.logger)
@@ -96,22 +98,25 @@ class TensorRTBackend:
 
 @dataclass
 class Context:
-    """An execution context set up for one set of shapes. keep: where TensorRT reads that number, on the host."""
+    """An execution context, the shapes that it is set to, and the scratch memory that these take."""
 
     execution: Any
-    scratch: Block
-    keep: Array
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    scratch: Block | None = None
 
 
 class TensorRTLane(DeviceLane):
-    """One stream, scratch memory that its contexts share, and a context for every set of shapes that it meets."""
+    """One stream, scratch memory that its contexts share, and contexts: one for each profile, whose shapes change from run to run; and for
+    each program that is to be recorded its own, one for each set of shapes, as a record goes on using what it was made with.
+    """
 
     def __init__(self, manifest: Manifest, device: CudaDevice, backend: TensorRTBackend) -> None:
         super().__init__(manifest, device)
         self.backend = backend
         self.stream = device.stream
-        self.contexts: dict[Any, Context] = {}
+        self.contexts: dict[tuple[str, int], Context] = {}
         self.scratch: Block | None = None
+        self.numbers: dict[int, Array] = {}  # where TensorRT reads `keep`, on the host; never written again
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
         batch, most = batch_of(arrays), self.backend.build.options["max_batch"]
@@ -124,47 +129,75 @@ class TensorRTLane(DeviceLane):
         return {name: tuple(engine.get_tensor_shape(name))[1:] for name in ("encoder_modulation", "decoder_modulation")}
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
-        context = self.context(graph, inputs)
-        execution = context.execution
+        execution = self.context(graph, inputs).execution
         for name, tensor in {**inputs, **outputs}.items():
             if isinstance(tensor, DeviceTensor):
-                execution.set_tensor_address(name, tensor.address)
-        if not execution.execute_async_v3(self.stream):
-            raise BackendError(f"{graph}: TensorRT failed: {self.backend.logger.error}")
+                self.check(execution.set_tensor_address(name, tensor.address), f"{graph}: TensorRT does not take memory for {name}")
+        self.check(execution.execute_async_v3(self.stream), f"{graph}: TensorRT failed")
+
+    def check(self, done: bool, message: str) -> None:
+        if not done:
+            raise BackendError(f"{message}: {self.backend.logger.error}")
 
     def context(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> Context:
-        """A context whose shapes are set. A record needs one that has run before: TensorRT defers work to the first run."""
+        """A context that is set to the inputs' shapes. A record needs one that has run before: TensorRT defers work to the first run."""
         values = {name: int(array) for name, array in inputs.items() if isinstance(array, np.ndarray)}
         shapes = {name: (values[name],) if name in values else tensor.shape for name, tensor in inputs.items()}
+        own = self.running.executions if self.running else {}
         key = (graph, tuple(shapes.items()))
-        if key not in self.contexts:
-            if len(self.contexts) >= CONTEXTS:
-                self.forget()  # all: records use them
-            self.contexts[key] = self.new_context(graph, shapes, values)
-        return self.contexts[key]
+        if key in own:
+            context: Context = own[key]
+            return context
+        if self.recording:
+            raise BackendError(f"{graph}: no execution context has run with its shapes")
+        profile = self.profile_for(graph, shapes)
+        if self.running and self.make_room():
+            context = own[key] = self.new_context(graph, profile)
+        else:
+            context = self.contexts.get((graph, profile)) or self.new_context(graph, profile)
+            self.contexts[graph, profile] = context
+        if context.shapes != shapes:
+            self.set_shapes(context, graph, shapes, values)
+        return context
 
-    def new_context(self, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> Context:
-        engine, build = self.backend.engine(graph), self.backend.build
-        profile = covering_profile(build.graphs[graph].profiles, shapes)
+    def profile_for(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        profile = covering_profile(self.backend.build.graphs[graph].profiles, shapes)
         if profile is None:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise InputError(f"{graph}: no profile of this TensorRT build covers {found}; build it again: enat-export --tensorrt")
-        execution = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return profile
+
+    def make_room(self) -> bool:
+        """Whether there is room for one more context of the program that runs; older records are dropped for it."""
+        mine = len(self.running.executions) if self.running else 0
+        while self.kept and mine + sum(len(record.executions) for record in self.kept.values()) >= CONTEXTS:
+            self.kept.popitem(last=False)
+        return mine < CONTEXTS
+
+    def new_context(self, graph: str, profile: int) -> Context:
+        execution = self.backend.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if execution is None:
             raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {self.backend.logger.error}")
-        execution.set_optimization_profile_async(profile, self.stream)
-        keep = np.array([values.get("keep", 0)], np.int64)
+        self.check(execution.set_optimization_profile_async(profile, self.stream), f"{graph}: TensorRT does not take its profile {profile}")
+        return Context(execution)
+
+    def set_shapes(self, context: Context, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> None:
+        execution, context.shapes = context.execution, None
         for name, shape in shapes.items():
             if name in values:
-                execution.set_tensor_address(name, keep.ctypes.data)
+                number = self.numbers.setdefault(values[name], np.array([values[name]], np.int64))
+                done = execution.set_tensor_address(name, number.ctypes.data)
             else:
-                execution.set_input_shape(name, shape)
-        missing = execution.infer_shapes()
-        if missing:
-            raise BackendError(f"{graph}: TensorRT does not take the shapes of {', '.join(missing)}: {self.backend.logger.error}")
-        scratch = self.scratch_of(execution.update_device_memory_size_for_shapes())
-        execution.set_device_memory(scratch.address, scratch.size)
-        return Context(execution, scratch, keep)
+                done = execution.set_input_shape(name, shape)
+            self.check(done, f"{graph}: TensorRT does not take {name} {list(shape)}")
+        try:
+            missing = execution.infer_shapes()
+        except RuntimeError as error:
+            raise BackendError(f"{graph}: TensorRT does not take its shapes: {self.backend.logger.error or error}") from error
+        self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
+        context.scratch = self.scratch_of(execution.update_device_memory_size_for_shapes())
+        execution.set_device_memory(context.scratch.address, context.scratch.size)
+        context.shapes = shapes
 
     def scratch_of(self, size: int) -> Block:
         """Memory for a context's own use. They run one after the other, and share it; a larger one is for contexts to come."""
