@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import EnatError, Stopped
+from .errors import BackendError, EnatError, EngineError, InputError, Stopped
 
 if TYPE_CHECKING:
     from .runtime.pictures import to_pil
     from .runtime.pipeline import Pipeline
 
-__all__ = ["EnatError", "Pipeline", "Stopped", "to_pil"]
+__all__ = ["BackendError", "EnatError", "EngineError", "InputError", "Pipeline", "Stopped", "to_pil"]
 __version__ = "0.1.0"
 
 

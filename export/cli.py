@@ -210,7 +210,10 @@ def convert(
 def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_names: Path | None = None, **options: Any) -> None:
     with needs("export,cpu", "exporting a checkpoint"):
         from .engine import export_engine
-    names = class_names.read_text("utf-8").splitlines() if class_names else None
+    try:
+        names = class_names.read_text("utf-8-sig").splitlines() if class_names else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{class_names}: expected UTF-8 text, a class name a line ({error})") from error
     sampling: dict[str, Any] = {name: options.pop(name) for name in ("steps", "cfg_scale", "mask_temp", "samp_temp") if name in options}
     export_engine(ckpt, out, sampling=sampling, class_names=names, force=force, report=report, **options)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError, reason
-from ..runtime.files import check_writable
+from ..runtime.files import check_writable, replace_folder
 from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
 
 
@@ -31,6 +31,8 @@ def check_target(out: Path, force: bool) -> None:
     """Raises InputError where `out` exists and may not be replaced, or cannot be made."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: exists and is not a directory")
+    if out.is_mount():
+        raise InputError(f"{out}: a mount point cannot be replaced; choose a folder in it")
     if out.exists() and any(out.iterdir()):
         if not force:
             raise InputError(f"{out}: exists; --force replaces it")
@@ -45,31 +47,18 @@ def put_in_place(out: Path, force: bool) -> Iterator[Path]:
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}") for kind in ("partial", "old"))
+        partial.mkdir()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from error
     try:
         try:
             yield partial
-            partial.chmod(0o755)
             check_target(out, force)
-            replace(out, partial)
+            replace_folder(out, partial, old)
         except OSError as error:
             raise ExportError(f"{out}: not written: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace(out: Path, new: Path) -> None:
-    """Puts the directory `new` at `out`; the one that was there is removed only when the new one stands."""
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -38,7 +38,7 @@ Inputs = dict[str, Tensor]
 def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]], cases: Iterator[Inputs]) -> Check:
     """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = allowed_threads() or 0
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst, count = 0.0, 0

@@ -92,7 +92,8 @@ def network_config(
             raise CheckpointError(
                 f"{path}: grid {grid} and {classes - 1} classes, but the preset has grid {preset.grid} and {preset.num_classes} classes"
             )
-        heads, encoder_depth = heads or preset.heads, encoder_depth or preset.encoder_depth
+        heads = preset.heads if heads is None else heads
+        encoder_depth = preset.encoder_depth if encoder_depth is None else encoder_depth
     if heads is None:
         if dim % HEAD_DIM:
             raise CheckpointError(

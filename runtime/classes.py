@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 from ..errors import InputError
 from .manifest import ModelInfo
 
+MOST_DIGITS = 18
 
-def class_index(model: ModelInfo, wanted: int | str) -> int:
+
+def class_index(model: ModelInfo, wanted: SupportsIndex | str) -> int:
     """The index of one class. A string is a name (case does not count), else a number; `#7` is always number 7.
 
     Raises InputError for what is unknown or ambiguous.
@@ -22,11 +26,23 @@ def class_index(model: ModelInfo, wanted: int | str) -> int:
             raise InputError(f"class {wanted!r} is ambiguous: numbers {', '.join(map(str, found))} are called so; give the number")
         digits = wanted.removeprefix("#")
         if not is_number(digits):
-            raise InputError(f"unknown class {wanted!r}{suggestion(model, wanted)}; --list-classes shows them all")
+            raise InputError(f"unknown class {wanted!r:.100}{suggestion(model, wanted)}; --list-classes shows them all")
+        digits = digits.lstrip("0") or "0"
+        if len(digits) > MOST_DIGITS:
+            raise InputError(f"expected a class of 0 to {model.num_classes - 1}, got {digits[:MOST_DIGITS]}…")
         wanted = int(digits)
-    if not 0 <= wanted < model.num_classes:
-        raise InputError(f"expected a class of 0 to {model.num_classes - 1}, got {wanted}")
-    return int(wanted)
+    number = whole(wanted, "a class by its number or name")
+    if not 0 <= number < model.num_classes:
+        raise InputError(f"expected a class of 0 to {model.num_classes - 1}, got {number}")
+    return number
+
+
+def whole(value: SupportsIndex, what: str) -> int:
+    """A whole number of any kind, NumPy's too, as an int. Raises InputError for what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"expected {what}, got {value!r:.40}") from None
 
 
 def by_name(model: ModelInfo, wanted: str) -> list[int]:

@@ -212,4 +212,4 @@ def show_classes(pipeline: Pipeline, as_json: bool) -> None:
         click.echo(json.dumps([{"class": i, "name": name} for i, name in enumerate(names)]))
     else:
         for i, name in enumerate(names):
-            click.echo(f"{i}\t{name}" if name else str(i))
+            click.echo(f"{i}\t{name.encode('utf-8', 'replace').decode()}" if name else str(i))

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from .. import __version__
 from ..errors import EnatError, InputError, reason
 
 
@@ -20,6 +21,7 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show a traceback for errors.", expose_value=False))
+        click.version_option(__version__, message="enat %(version)s")(self)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         debug = "--debug" in (kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])

@@ -1,10 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-import threading
+import secrets
 from pathlib import Path
 
 from ..errors import InputError
@@ -12,7 +11,7 @@ from ..errors import InputError
 
 def check_writable(path: Path) -> None:
     """Raises InputError where `path` can't be written, before any work is done for it."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
@@ -28,17 +27,15 @@ class WholeFile:
     def __enter__(self) -> Path:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            self.partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+            self.partial.open("x").close()
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
-        os.close(handle)
-        self.partial = Path(name)
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             try:
-                self.partial.chmod(0o666 & ~umask())
                 self.partial.replace(self.path)
             except BaseException:
                 self.partial.unlink(missing_ok=True)
@@ -47,12 +44,17 @@ class WholeFile:
             self.partial.unlink(missing_ok=True)
 
 
-UMASK = threading.Lock()
-
-
-def umask() -> int:
-    """What new files are not allowed; the system tells it only when it is set."""
-    with UMASK:
-        found = os.umask(0)
-        os.umask(found)
-    return found
+def replace_folder(out: Path, new: Path, old: Path) -> None:
+    """Puts the folder `new` at `out`; what was there is moved to `old`, and back where that fails or is interrupted. All on one file
+    system; `old` is not there, or empty.
+    """
+    if not out.exists():
+        new.rename(out)
+        return
+    try:
+        out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if not out.exists():
+            old.rename(out)
+        raise

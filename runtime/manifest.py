@@ -127,6 +127,8 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     reader.expect(
         manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}"
     )
+    for name in ("image_decoder.onnx", "image_encoder.onnx"):
+        reader.expect(manifest.model.image_size is not None or name not in files, "model.image_size", None, f"a number, as {name} is there")
     for name in REQUIRED_GRAPHS:
         reader.expect(name in files, "files", sorted(files), f"{name} among them")
     for name, entry in files.items():

@@ -19,11 +19,13 @@ from .pictures import (
     IMAGE_SUFFIXES,
     METADATA_KEY,
     Images,
+    check_fits,
     save_gif,
     save_image,
     save_npz,
     save_tokens,
     sheet,
+    sheet_size,
     to_pil,
 )
 from .pipeline import Pipeline, Preview
@@ -80,7 +82,7 @@ def request_of(metadata: dict[str, Any]) -> Request:
             raise ValueError("no images")
         labels, seeds = (tuple(number(image[name], int) for image in images) for name in ("class", "seed"))
         return Request(labels, seeds, **{name: number(value, int if name == "steps" else float) for name, value in settings.items()})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -88,6 +90,7 @@ def number(value: Any, kind: type) -> Any:
     """Raises TypeError where a record holds no number of that kind."""
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         raise TypeError(f"expected a number, got {value!r:.40}")
+    kind(value)  # an integer may be too large for a float
     return value
 
 
@@ -95,6 +98,9 @@ def write_file(pipeline: Pipeline, request: Request, out: Path, columns: int | N
     """Draws a request into one file, by its ending: a picture or (with `columns`) a sheet, an animation, `.npz` or tokens as `.npy`."""
     suffix = out.suffix.lower()
     metadata = request.metadata(pipeline, columns)
+    size = pipeline.manifest.model.image_size
+    if size:
+        check_fits(out, sheet_size(len(request.labels), size, size, columns or 1), metadata)
     if suffix == ".npy":
         save_tokens(pipeline.generate_tokens(**request.arguments, **drawing), out, metadata)
     elif suffix == ".npz":
@@ -164,7 +170,7 @@ def read_record(out: Path) -> dict[str, Any]:
     """The record of the run that began in a folder. Raises InputError where there is none."""
     try:
         record = json.loads((out / RUN_RECORD).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{out}: no run to go on with: {RUN_RECORD} is missing or damaged") from error
     if not isinstance(record, dict):
         raise InputError(f"{out}: no run to go on with: {RUN_RECORD} is damaged")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from ..errors import InputError
 from .files import WholeFile
@@ -21,6 +21,9 @@ Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 METADATA_KEY = "enat"
 EXIF_DESCRIPTION = 0x010E
+LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # pixels each way
+LONGEST_EXIF = 65_000  # bytes of JSON; a JPEG's Exif segment holds 65,533 with what is around it
+GAP = 2  # pixels between the pictures of a sheet
 
 
 def to_pil(images: Images) -> list[Image.Image]:
@@ -28,15 +31,30 @@ def to_pil(images: Images) -> list[Image.Image]:
     return [Image.fromarray(image) for image in images]
 
 
+def sheet_size(count: int, width: int, height: int, columns: int) -> tuple[int, int]:
+    """Width and height of a contact sheet."""
+    columns = min(columns, count)
+    return columns * (width + GAP) - GAP, -(-count // columns) * (height + GAP) - GAP
+
+
 def sheet(images: Images, columns: int) -> Image.Image:
     """A contact sheet of at most so many columns, row by row, with a thin white line between the pictures."""
     count, height, width, _ = images.shape
-    columns, gap = min(columns, count), 2
-    rows = -(-count // columns)
-    result = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    columns = min(columns, count)
+    result = Image.new("RGB", sheet_size(count, width, height, columns), "white")
     for i, image in enumerate(to_pil(images)):
-        result.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+        result.paste(image, (i % columns * (width + GAP), i // columns * (height + GAP)))
     return result
+
+
+def check_fits(path: Path, size: tuple[int, int], metadata: dict[str, Any]) -> None:
+    """Raises InputError where a picture of that size, or its metadata, do not fit into a file of that format."""
+    suffix = path.suffix.lower()
+    most = LARGEST.get(suffix)
+    if most and max(size) > most:
+        raise InputError(f"{path}: {size[0]}×{size[1]} pixels; {suffix} holds at most {most} each way, .png more")
+    if suffix in (".jpg", ".jpeg") and len(json.dumps(metadata)) > LONGEST_EXIF:
+        raise InputError(f"{path}: what made {len(metadata['images'])} pictures does not fit into {suffix}; expected .png or .webp")
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
@@ -100,10 +118,10 @@ def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[s
 
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
     """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind."""
-    with WholeFile(path) as partial, partial.open("wb") as file:
-        np.save(file, tokens)
     with WholeFile(metadata_file(path)) as partial:
         partial.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
+    with WholeFile(path) as partial, partial.open("wb") as file:
+        np.save(file, tokens)
 
 
 def metadata_file(path: Path) -> Path:
@@ -117,22 +135,24 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         text = metadata_text(path)
         metadata = json.loads(text) if text else None
-    except (OSError, ValueError, KeyError, UnidentifiedImageError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from error
+    except Exception as error:  # whatever readers of many formats raise for files that are damaged
+        raise InputError(f"{path}: not a readable picture ({str(error) or type(error).__name__:.200})") from error
     if not isinstance(metadata, dict) or "images" not in metadata:
         raise InputError(f"{path}: holds no record of how it was made; expected a file made by enat-run")
     return metadata
 
 
 def metadata_text(path: Path) -> str | None:
-    if path.suffix == ".npz":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
             return str(data["metadata"])
-    if path.suffix == ".npy":
+    if suffix == ".npy":
         return metadata_file(path).read_text("utf-8")
-    with Image.open(path) as image:
+    # Image.open refuses pictures of very many pixels, and large sheets are some; here no pixel is read.
+    with PngImagePlugin.PngImageFile(path) if suffix == ".png" else Image.open(path) as image:
         if image.format == "PNG":
-            return image.text.get(METADATA_KEY)  # type: ignore[attr-defined, no-any-return]
+            return image.info.get(METADATA_KEY)
         if image.format == "GIF":
             return bytes(image.info.get("comment", b"")).decode()
         return image.getexif().get(EXIF_DESCRIPTION)

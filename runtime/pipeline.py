@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError, InputError, Stopped
 from .backends import Backend, Lane, Tensor, open_backend
-from .classes import class_index
+from .classes import class_index, whole
 from .loop import OnStep, sample
 from .manifest import Manifest, read_manifest
 from .progress import progress_bar
@@ -21,6 +21,9 @@ from .schedule import Step, schedule
 
 Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
 Tokens = NDArray[np.int64]  # [N, grid, grid]
+
+Classes = SupportsIndex | str | Iterable[SupportsIndex | str]
+Seed = SupportsIndex | Iterable[SupportsIndex] | None
 
 BUNDLED_ENGINE = Path(__file__).parent.parent / "demo" / "engine"
 BATCH_SIZE = 8
@@ -49,7 +52,8 @@ class Preview:
         return result.reshape(-1, grid, grid)
 
 
-# Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning True stops the run.
+# Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning True stops the run. It must
+# not ask the pipeline for other pictures: on a GPU the run holds a slot meanwhile, which they might wait for.
 Callback = Callable[[int, int, Preview], bool | None]
 
 
@@ -89,7 +93,7 @@ class Pipeline:
     def close(self) -> None:
         self.backend.close()
 
-    def generate(self, classes: Sequence[int | str], **settings: Any) -> Images:
+    def generate(self, classes: Classes, **settings: Any) -> Images:
         """Draws pictures: uint8 [N, height, width, 3], RGB, class by class. Settings as for `generate_tokens`.
 
         Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
@@ -97,15 +101,15 @@ class Pipeline:
         """
         return np.concatenate(list(self.stream(classes, **settings)))
 
-    def stream(self, classes: Sequence[int | str], **settings: Any) -> Iterator[Images]:
+    def stream(self, classes: Classes, **settings: Any) -> Iterator[Images]:
         """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once."""
         self.require_images()
         return (images for (images,) in self.batches(classes, images=True, **settings))
 
-    def generate_tokens(self, classes: Sequence[int | str], **settings: Any) -> Tokens:
+    def generate_tokens(self, classes: Classes, **settings: Any) -> Tokens:
         """Draws tokens: int64 [N, grid, grid].
 
-        classes: numbers or names. Settings, all optional:
+        classes: numbers or names, or one of them. Settings, all optional:
         num (1): images a class. seed: image i of the request has seed + i (mod 2⁶⁴); or a sequence of seeds, one an image; drawn
         at random without one. steps: 1 … length. guidance: scale of the classifier-free guidance, 0 for none.
         mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
@@ -133,9 +137,9 @@ class Pipeline:
 
     def batches(
         self,
-        classes: Sequence[int | str],
+        classes: Classes,
         num: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         batch_size: int = BATCH_SIZE,
         callback: Callback | None = None,
         progress: bool = False,
@@ -148,6 +152,8 @@ class Pipeline:
             raise InputError(f"expected 1 or more images a class, got {num}")
         if batch_size < 1:
             raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
+        if isinstance(classes, str) or not isinstance(classes, Iterable):
+            classes = [classes]
         labels = [class_index(self.manifest.model, wanted) for wanted in classes for _ in range(num)]
         if not labels:
             raise InputError("expected at least one class")
@@ -166,19 +172,21 @@ class Pipeline:
     ) -> Iterator[list[NDArray[Any]]]:
         starts = range(0, len(labels), batch_size)
         total = len(starts) * len(steps)
-        with progress_bar(total, "step", progress) as bar, self.backend.lease() as lane:
+        with progress_bar(total, "step", progress) as bar:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
                 if callback and callback(bar_start + step.index, total, Preview(self, lane, tokens, positions, masked_positions)):
                     raise Stopped(f"stopped after step {bar_start + step.index + 1} of {total}")
 
-            hook: OnStep | None = on_step if callback or (progress and not lane.records) else None
             for number, first in enumerate(starts):
                 bar_start = number * len(steps)
                 chosen = slice(first, first + batch_size)
-                yield sample(lane, self.manifest, labels[chosen], seeds[chosen], steps, images, hook)
+                with self.backend.lease() as lane:  # for this batch alone: who waits for the next one may use the pipeline meanwhile
+                    hook: OnStep | None = on_step if callback or (progress and not lane.records) else None
+                    drawn = sample(lane, self.manifest, labels[chosen], seeds[chosen], steps, images, hook)
                 bar.update(bar_start + len(steps) - bar.n)
+                yield drawn
 
     def require_images(self) -> None:
         """Raises EngineError where the engine cannot make pictures."""
@@ -197,6 +205,8 @@ class Pipeline:
             raise InputError(f"expected tokens of shape [N, {model.grid}, {model.grid}], got {list(tokens.shape)}")
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < model.codes):
             raise InputError(f"expected tokens of 0 to {model.codes - 1}, got {tokens.min()} to {tokens.max()}")
+        if not len(tokens):
+            return np.empty((0, model.image_size or 0, model.image_size or 0, 3), np.uint8)
         flat = np.ascontiguousarray(tokens.reshape(len(tokens), -1), np.int64)
         positions = np.tile(np.arange(model.length, dtype=np.int64), (len(flat), 1))
         return self.run_graph("image_decoder", {"tokens": flat, "positions": positions})
@@ -211,6 +221,8 @@ class Pipeline:
             raise InputError(
                 f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}"
             )
+        if not len(images):
+            return np.empty((0, model.grid, model.grid), np.int64)
         return self.run_graph("image_encoder", {"images": images}).reshape(-1, model.grid, model.grid)
 
     def run_graph(self, graph: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -227,14 +239,14 @@ def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int
     return result.reshape(-1, grid, grid)
 
 
-def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def image_seeds(seed: Seed, count: int) -> list[int]:
     """One seed an image, each in [0, 2⁶⁴). Raises InputError."""
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise InputError(f"expected one seed for each of {count} images, got {len(seed)}")
-        seeds = list(seed)
+    if isinstance(seed, Iterable):
+        seeds = [whole(one, "a seed that is a whole number") for one in seed]
+        if len(seeds) != count:
+            raise InputError(f"expected one seed for each of {count} images, got {len(seeds)}")
     else:
-        first = secrets.randbits(32) if seed is None else seed
+        first = secrets.randbits(32) if seed is None else whole(seed, "a seed that is a whole number")
         if not 0 <= first < 2**64:
             raise InputError(f"expected a seed of 0 to 2**64 - 1, got {first}")
         seeds = [(first + i) % 2**64 for i in range(count)]

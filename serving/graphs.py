@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime.builds import Build, read_builds
+from ..runtime.command import needs
 from ..runtime.manifest import Manifest
 from .config import Word
 
@@ -51,10 +52,14 @@ def graph_configs(manifest: Manifest, name: str, gpu: bool) -> dict[str, tuple[d
 
 def modulation_dims(manifest: Manifest) -> dict[str, list[int]]:
     """Dimensions of the modulation beyond its rows, which are the condition graph's own affair."""
-    import onnxruntime as ort
+    with needs("cpu", "--graphs"):
+        import onnxruntime as ort
 
-    session = ort.InferenceSession(manifest.path("condition.onnx"), providers=["CPUExecutionProvider"])
-    return {output.name: list(output.shape[1:]) for output in session.get_outputs()}
+        from ..runtime.backends.sessions import CPU, Sessions
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
+    return {output.name: list(output.shape[1:]) for output in sessions.get("condition").get_outputs()}
 
 
 def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]:

@@ -10,11 +10,14 @@ from typing import Any
 
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
-from ..runtime.manifest import FILE, Manifest, read_manifest
+from ..runtime.builds import read_builds
+from ..runtime.files import replace_folder
+from ..runtime.manifest import FILE, Manifest, check_file, read_manifest
 from .batches import SETTINGS
 from .config import Word, parameters, pbtxt
 from .graphs import graph_configs
 
+CONFIG = "config.pbtxt"
 PACKAGE = Path(__file__).parent.parent
 PACKAGE_FILES = ("__init__.py", "errors.py", "py.typed", "runtime", "serving")  # what a server needs of enat
 MODEL = '''"""Written by enat-triton."""
@@ -91,14 +94,17 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     for name in names:
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists; --force replaces it")
+        if (out / name).exists() and not (out / name / CONFIG).is_file():
+            raise InputError(f"{out / name}: exists and is not a model; it is not replaced, remove it yourself or choose another --name")
     out.mkdir(parents=True, exist_ok=True)
-    # Beside the repository, where a server that polls it does not look.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+    # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
+    place = out if out.is_mount() else out.absolute().parent
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=place))
     try:
         for name, config in models.items():
             version = partial / name / "1"
             version.mkdir(parents=True)
-            (partial / name / "config.pbtxt").write_text(pbtxt(config), "utf-8")
+            (partial / name / CONFIG).write_text(pbtxt(config), "utf-8")
             cls = "PictureModel" if name == options.name else "PngModel"
             (version / "model.py").write_text(MODEL.format(cls=cls), "utf-8")
             copy_package(version / "runtime" / "enat")
@@ -106,13 +112,11 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         for name, (config, files) in graphs.items():
             version = partial / name / "1"
             version.mkdir(parents=True)
-            (partial / name / "config.pbtxt").write_text(pbtxt(config), "utf-8")
+            (partial / name / CONFIG).write_text(pbtxt(config), "utf-8")
             for target, source in files.items():
                 link_or_copy(manifest.folder / source, version / target)
         for name in names:
-            if (out / name).exists():
-                (out / name).rename(partial / f"{name}.old")
-            (partial / name).rename(out / name)
+            replace_folder(out / name, partial / name, partial / f"{name}.old")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return names
@@ -201,17 +205,21 @@ def copy_package(target: Path) -> None:
 
 
 def copy_engine(manifest: Manifest, target: Path) -> None:
-    """The engine's files, and its builds."""
+    """The engine's files, and its builds. Raises EngineError for a build whose files are not those that the manifest lists."""
     target.mkdir()
-    builds = [name for build in manifest.builds for name in build.get("files", {})]
+    builds = {name: entry for build in read_builds(manifest) for name, entry in build.files.items()}
+    for name, entry in builds.items():
+        check_file(manifest.folder, name, entry, verify=False)
     for name in (*manifest.files, *builds, FILE):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(manifest.folder / name, target / name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, as engines are large."""
+    """A hard link where the file system has them, as engines are large. Raises EngineError where `target` is there already."""
     try:
         target.hardlink_to(source)
+    except FileExistsError as error:
+        raise EngineError(f"{source}: listed twice in {FILE}") from error
     except OSError:
         shutil.copyfile(source, target)

@@ -27,8 +27,8 @@ def parameter(config: dict[str, Any], name: str) -> str | None:
     return value["string_value"] if value and value["string_value"] else None
 
 
-def invalid(message: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+def failed(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 class PictureModel:
@@ -56,14 +56,14 @@ class PictureModel:
         responses = []
         for one in asked:
             if isinstance(one, str):
-                responses.append(invalid(one))
+                responses.append(failed(one, pb_utils.TritonError.INVALID_ARG))
                 continue
             own = [next(images) for _ in one]
             errors = [image for image in own if isinstance(image, EnatError)]
             if errors:
-                responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(errors[0]), pb_utils.TritonError.INTERNAL)))
+                responses.append(failed(str(errors[0]), pb_utils.TritonError.INTERNAL))
             elif any(image is None for image in own):
-                responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError("cancelled", pb_utils.TritonError.CANCELLED)))
+                responses.append(failed("cancelled", pb_utils.TritonError.CANCELLED))
             else:
                 seeds = np.array([[picture.seed] for picture in one], np.uint64)
                 tensors = [pb_utils.Tensor("image", np.stack(own)), pb_utils.Tensor("seed", seeds)]  # type: ignore[arg-type]
@@ -81,6 +81,8 @@ class PictureModel:
             return self.pictures(given)
         except InputError as error:
             return str(error)
+        except Exception as error:  # whatever it is, it must not fail the requests that are answered together with this one
+            return f"the request cannot be read ({type(error).__name__}: {error!s:.200})"
 
     def pictures(self, given: dict[str, NDArray[Any]]) -> list[Picture]:
         if ("class_id" in given) == ("class_name" in given):
@@ -112,6 +114,8 @@ class PngModel:
         return list(await asyncio.gather(*map(self.answer, requests)))
 
     async def answer(self, request: Any) -> Any:
+        if request.is_cancelled():
+            return failed("cancelled", pb_utils.TritonError.CANCELLED)
         inputs = [tensor for name in INPUTS if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None]
         inner = pb_utils.InferenceRequest(model_name=self.model, requested_output_names=["image", "seed"], inputs=inputs)
         response = await inner.async_exec()

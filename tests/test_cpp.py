@@ -9,7 +9,9 @@ import ctypes
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -569,6 +571,19 @@ def test_an_engine_without_pictures(plain: Path, pipeline: Pipeline, tmp_path: P
     assert np.array_equal(tokens_of(plain, tmp_path, "--class", "A", "--seed", 1, engine=engine), pipeline.generate_tokens(["A"], seed=1))
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.npy"])
+def test_a_full_disk_leaves_the_file_that_was_there(plain: Path, tmp_path: Path, name: str) -> None:
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    (tmp_path / name).write_text("earlier")
+    refused(enat_run(plain, "--class", "1", "--out", tmp_path / name, preexec_fn=small_files), name, "cannot be written", codes=(1,))
+    assert (tmp_path / name).read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "folder.png").mkdir()
+    refused(enat_run(plain, "--class", "1", "--out", tmp_path / "folder.png"), "is a folder; expected a file to write")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
@@ -594,8 +609,8 @@ def test_an_engine_without_pictures(plain: Path, pipeline: Pipeline, tmp_path: P
         (["--class", "1", "--out", "x.png", "--device", "cuda", "--provider", "cpu"], "got the device cuda", 2),
         (["--class", "1", "--out", "x.png", "--device", "cuda:0"], "cannot use cuda:0 (cuda)", 1),
         (["--class", "1", "--out", "x.png", "--device", "cuda:0", "--provider", "tensorrt"], "cannot use cuda:0 (tensorrt)", 1),
-        (["--class", "1", "--out", "/nowhere/x.png"], "/nowhere/x.png: cannot be written", 1),
-        (["--class", "1", "--out", "/nowhere/x.npy", "--seed", "1"], "/nowhere/x.npy: cannot be written", 1),
+        (["--class", "1", "--out", "/nowhere/x.png"], "/nowhere/x.png: cannot be written", 2),
+        (["--class", "1", "--out", "/nowhere/x.npy", "--seed", "1"], "/nowhere/x.npy: cannot be written", 2),
     ],
 )
 def test_wrong_arguments(built: Path, arguments: list[str], message: str, code: int) -> None:

@@ -83,6 +83,11 @@ def test_records_of_many_shapes_share_memory(pipe: Pipeline, host: Pipeline) -> 
     assert lane_of(host).arena.total == total
 
 
+def test_a_stream_holds_no_slot_between_its_batches(pipe: Pipeline, host: Pipeline) -> None:
+    for pictures in host.stream([1, 2, 3], seed=0, batch_size=1):
+        assert (host.encode(pictures) == pipe.encode(pictures)).all()
+
+
 def test_old_records_make_room_for_new_ones(pipe: Pipeline, host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("enat.runtime.backends.device_lane.RECORDS", 2)
     for steps in (2, 3, 4, 2, 3, 4, 4, 4):

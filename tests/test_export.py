@@ -22,10 +22,12 @@ from click.testing import Result
 from conftest import DATA, Golden, invoke, read_golden, refused
 
 from enat import Pipeline
-from enat.errors import CheckpointError
+from enat.errors import CheckpointError, ExportError
 from enat.export.cli import main
+from enat.export.directory import put_in_place
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
 from enat.models.presets import PRESETS, preset_class_names
+from enat.runtime.manifest import FILE, read_manifest
 
 TINY = read_golden("tiny")
 SPLIT = ("--heads", "3", "--encoder-depth", "3")
@@ -128,6 +130,39 @@ def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, tmp_path: 
     refused(export(*arguments, "--out", documents, "--force"), "not an engine")
     refused(export(*arguments, "--out", documents / "thesis.txt", "--force"), "not a directory")
     assert (documents / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(16, "Device or resource busy")])
+def test_a_swap_that_stops_half_way(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The new engine cannot be put in place, or not any more: the old one is where it was, and nothing lies beside it."""
+    before = {path.name: path.read_bytes() for path in engine_copy.iterdir()}
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises((KeyboardInterrupt, ExportError)), put_in_place(engine_copy, force=True) as folder:
+        (folder / FILE).write_text("{}")
+    assert [path.name for path in engine_copy.parent.iterdir()] == ["engine"]
+    assert {path.name: path.read_bytes() for path in engine_copy.iterdir()} == before
+
+
+def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    refused(export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path), "a mount point cannot be replaced; choose a folder in it")
+
+
+def test_class_names_as_windows_writes_them(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffé 0".encode() + b"".join(f"\r\nclass {i}".encode() for i in range(1, 10)))
+    assert export("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names, "--out", tmp_path / "engine").exit_code == 0
+    found = read_manifest(tmp_path / "engine").model.class_names
+    assert found is not None and found[:2] == ("é 0", "class 1")
+    names.write_bytes("é".encode("latin-1"))
+    refused(export("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names, "--out", tmp_path / "x"), "names.txt: expected UTF-8 text")
 
 
 def test_an_interrupted_export_leaves_nothing(engine_copy: Path) -> None:
@@ -266,12 +301,11 @@ def test_presets() -> None:
     assert vars(PRESETS["enat-l-512"].sampling) == {"steps": 8, "cfg_scale": 3.5, "mask_temp": 1.5, "samp_temp": 4.0}
 
 
-def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_data(engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights over the limit lie beside their graph, and the engine runs the same."""
     import enat.graph_file as graph_file
 
-    inline, external = tmp_path / "inline", tmp_path / "external"
-    assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", inline).exit_code == 0
+    inline, external = engines("tiny"), tmp_path / "external"
     monkeypatch.setattr(graph_file, "EXTERNAL_DATA_FROM", 100_000)
     assert export("--ckpt", TINY.ckpt, *SPLIT, "--out", external).exit_code == 0
     assert (external / "encoder.onnx.data").exists()

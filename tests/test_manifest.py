@@ -43,6 +43,7 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["model"].update(grid=0), "grid is 0"),
         (lambda data: data["model"].update(codes=True), "codes is True"),
         (lambda data: data["model"].update(class_names=["a"]), "class_names"),
+        (lambda data: data["model"].update(image_size=None), "image_size is None, expected a number, as image_decoder.onnx is there"),
         (lambda data: data["sampling"].update(steps=65), "steps is 65"),
         (lambda data: data["sampling"].update(cfg_scale=-1), "cfg_scale is -1"),
         (lambda data: data["sampling"].update(cfg_scale=10**400), "expected a number of 0 or more"),

@@ -302,6 +302,30 @@ def test_closed_while_in_use(cache: Path) -> None:
     assert (pipeline.generate([1], seed=0, callback=close) == wanted).all()
 
 
+def test_arrays_that_cannot_be_written(openvino: Pipeline) -> None:
+    pictures = openvino.generate([1, 2], seed=0)
+    wanted = openvino.encode(pictures)
+    turned = np.asfortranarray(pictures)
+    pictures.flags.writeable = False
+    for _ in range(10):
+        assert (openvino.encode(pictures) == wanted).all()
+        assert (openvino.encode(turned) == wanted).all()
+        assert (openvino.encode(pictures[::-1]) == wanted[::-1]).all()
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers: neither HOME, nor an entry for the user."""
+    for name in ("ENAT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.warns(RuntimeWarning, match="ENAT_CACHE is not set; graphs are compiled at every start"):
+        Pipeline.load(backend="openvino").close()
+
+
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file"))

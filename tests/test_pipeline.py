@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +104,32 @@ def test_what_the_graphs_are_given(pipe: Pipeline, guidance: float) -> None:
     for step, inputs in zip(steps[1:], decoder[1:], strict=True):
         assert inputs["positions"] == (3, step.masked)
         assert inputs["features"] == (rows, step.visible, 48)
+
+
+def test_numbers_of_any_kind(pipe: Pipeline) -> None:
+    """NumPy's are as good as Python's; what is no whole number is refused, not cut off."""
+    wanted = pipe.generate_tokens([3, 3], seed=[5, 6])
+    numbers: list[tuple[Any, Any]] = [
+        (np.array([3, 3]), np.int64(5)), ((np.int32(3), "3"), np.array([5, 6])), (iter([3, 3]), np.array([5, 6], np.uint64))
+    ]  # fmt: skip
+    for classes, seed in numbers:
+        assert np.array_equal(pipe.generate_tokens(classes, seed=seed), wanted)
+    for one in (3, "3", range(3, 4), np.int16(3)):
+        assert np.array_equal(pipe.generate_tokens(one, seed=5), wanted[:1])
+    for arguments, message in (
+        ({"classes": [7.9]}, "expected a class by its number or name, got 7.9"),
+        ({"classes": [1], "seed": 1.5}, "expected a seed that is a whole number, got 1.5"),
+        ({"classes": [1], "seed": [None]}, "expected a seed that is a whole number, got None"),
+        ({"classes": ["9" * 5000]}, "expected a class of 0 to 9, got 9"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            pipe.generate_tokens(**arguments)  # type: ignore[arg-type]
+    assert np.array_equal(pipe.generate_tokens(["0" * 5000 + "3"], seed=5), wanted[:1])
+
+
+def test_no_pictures_at_all(pipe: Pipeline) -> None:
+    pictures = pipe.decode(np.empty((0, 8, 8), np.int64))
+    assert pictures.shape == (0, *pipe.generate([1]).shape[1:]) and pipe.encode(pictures).shape == (0, 8, 8)
 
 
 def test_pictures_come_as_they_are_drawn(pipe: Pipeline) -> None:

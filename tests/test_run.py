@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from click.testing import Result
 from conftest import invoke, put_anything_anywhere, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+import enat
 from enat import Pipeline
 from enat.runtime.cli import main
 from enat.runtime.pictures import read_metadata, save_image
@@ -248,6 +251,88 @@ def test_any_record_is_replayed_or_refused(run: Run, data: st.DataObject) -> Non
     result = run("--replay", "b.png", "--out", "again.png")
     if result.exit_code:
         refused(result)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "{}", "\ud800", '{"images": [], "settings": {}}'])
+def test_text_that_is_no_record(run: Run, text: str) -> None:
+    for name in ("a.png", "a.npy.json", "run.json"):
+        if name == "a.png":
+            info = PngImagePlugin.PngInfo()
+            info.add(b"tEXt", b"enat\0" + text.encode("latin-1", "replace"))
+            Image.new("RGB", (1, 1)).save(name, pnginfo=info)
+        else:
+            Path(name).write_text(text, "utf-8", "replace")
+    Path("a.npy").write_text("")
+    for name in ("a.png", "a.npy"):
+        refused(run("--replay", name, "--out", "b.png"))
+    refused(run("--out", ".", "--class", 1, "--resume"))
+
+
+def test_files_that_cannot_be_replayed(run: Run) -> None:
+    Path("empty.npz").write_bytes(b"")
+    Path("bad.npz").write_bytes(b"PK\3\4" + bytes(100))
+    Path("bad.gif").write_bytes(b"GIF89a")
+    Path("bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    for path in sorted(Path().glob("*.*")):
+        refused(run("--replay", path, "--out", "b.png"), f"{path}: not a readable picture")
+
+
+@pytest.mark.parametrize("name", ["a.NPZ", "a.NPY", "a.PNG", "a.Jpg"])
+def test_endings_in_capitals(run: Run, name: str) -> None:
+    assert run("--class", 3, "--seed", 1, "--out", name).exit_code == 0
+    assert run("--replay", name, "--out", f"b{Path(name).suffix}").exit_code == 0
+    assert Path(f"b{Path(name).suffix}").read_bytes() == Path(name).read_bytes()
+
+
+def test_a_sheet_of_very_many_pixels_is_replayed(run: Run) -> None:
+    """Pillow refuses to open pictures that large."""
+    assert run("--class", 3, "--seed", 1, "--out", "a.png").exit_code == 0
+    metadata = read_metadata(Path("a.png"))
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    text = chunk(b"tEXt", b"enat\0" + json.dumps(metadata).encode())
+    Path("large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + text + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    assert run("--replay", "large.png", "--out", "b.png").exit_code == 0
+    assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+
+
+def test_what_does_not_fit_into_a_format(run: Run) -> None:
+    """Said before anything is drawn."""
+    refused(run("--class", 1, "--num", 3000, "--grid", "--out", "a.jpg"), "3000 pictures does not fit into .jpg; expected .png or .webp")
+    refused(run("--class", 1, "--num", 2000, "--grid", "--columns", 1, "--out", "a.webp"), "pixels; .webp holds at most 16383 each way")
+    assert not list(Path().iterdir())
+
+
+def test_the_root_is_no_place_for_pictures(run: Run) -> None:
+    refused(run("--class", 1, "--out", "/"))
+
+
+def test_tokens_appear_after_what_made_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies between the two files: the picture is not taken for done."""
+    replace = Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if target.suffix == ".npy":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "replace", dies)
+        assert run("--class", 1, "--seed", 1, "--format", "npy", "--out", "folder").exit_code == 130
+    assert not list(Path("folder").glob("*.npy"))
+    assert run("--class", 1, "--seed", 1, "--format", "npy", "--out", "folder", "--resume").exit_code == 0
+    (file,) = Path("folder").glob("*.npy")
+    assert run("--replay", file, "--out", "again.npy").exit_code == 0
+
+
+def test_versions() -> None:
+    from enat.benchmarks.cli import main as bench
+    from enat.export.cli import main as export
+    from enat.export.verify_cli import main as verify
+    from enat.serving.cli import main as triton
+
+    for command in (main, bench, export, verify, triton):
+        assert invoke(command, "--version").output == f"enat {enat.__version__}\n"
 
 
 def test_a_full_disk(engines: Callable[[str], Path], tmp_path: Path) -> None:

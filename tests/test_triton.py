@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -96,6 +97,76 @@ def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:
     sampler = (tmp_path / "models" / "enat_sampler" / "config.pbtxt").read_text()
     assert 'platform: "onnxruntime_onnx"' in sampler and sampler.count("reshape") == 4
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_an_engine_s_builds_bring_nothing_from_elsewhere(tmp_path: Path, engine_copy: Path) -> None:
+    """Files that builds list are checked like all others; those of other programs' builds are not taken along."""
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    (tmp_path / "model.py").write_text("raise SystemExit")
+    (engine_copy / "extra").write_text("")
+    for builds, message in (
+        ([{"backend": "tensorrt", "platform": {}}], "is damaged"),
+        ([1], "is damaged"),
+        ([{"backend": "other", "files": {"../model.py": {}, "../../config.pbtxt": {}}}], None),
+    ):
+        (engine_copy / "manifest.json").write_text(json.dumps({**manifest, "builds": builds}))
+        result = write(tmp_path / "models", "--engine", engine_copy)
+        if message:
+            refused(result, message)
+            assert not (tmp_path / "models" / "enat").exists()
+    assert result.exit_code == 0
+    version = tmp_path / "models" / "enat" / "1"
+    assert "enat.serving.triton_model" in (version / "model.py").read_text()
+    assert {path.name for path in (version / "engine").iterdir()} == {path.name for path in engine_copy.iterdir()} - {"extra"}
+
+
+def test_a_build_that_leads_out_of_its_engine(tmp_path: Path, engine_copy: Path) -> None:
+    from enat.runtime.builds import Build, Platform
+
+    (tmp_path / "model.py").write_text("")
+    entry = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    build = Build(Platform("10.16.1.11", "NVIDIA H200", "9.0"), {}, {}, {"../model.py": entry})
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    (engine_copy / "manifest.json").write_text(json.dumps({**manifest, "builds": [build.as_json()]}))
+    refused(write(tmp_path / "models", "--engine", engine_copy), "expected a path inside the engine directory")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_force_replaces_models_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "enat").mkdir()
+    (tmp_path / "enat" / "thesis.txt").write_text("years of work")
+    refused(write(tmp_path, "--force"), "enat: exists and is not a model")
+    assert (tmp_path / "enat" / "thesis.txt").read_text() == "years of work"
+    # Interrupted while the new model is put in place: the old one is there.
+    models = tmp_path / "models"
+    assert write(models).exit_code == 0
+    (models / "enat" / "mark").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == models / "enat" and ".old" not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert write(models, "--force").exit_code == 130
+    assert (models / "enat" / "mark").read_text() == "old"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    rename = Path.rename
+
+    def within(self: Path, target: Path) -> Path:
+        inside = [(tmp_path / "models") in path.parents for path in (self, target)]
+        assert inside[0] == inside[1], "another file system"
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", within)
+    assert write(tmp_path / "models").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["enat", "enat_png"]
 
 
 def test_graphs_of_their_own_have_their_ports(tmp_path: Path) -> None:
@@ -296,6 +367,7 @@ def test_requests_with_the_same_inputs_are_drawn_together(server: Server, grpc: 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"class_name": "nothing", "seed": 0}, "unknown class 'nothing'"),
     ({"class_id": 36}, "expected a class of 0 to 35, got 36"),
+    ({"class_name": "9" * 5000}, "expected a class of 0 to 35, got 999999999999999999…"),
     ({"class_id": -1}, "expected a class of 0 to 35, got -1"),
     ({"seed": 1}, "expected either class_id or class_name"),
     ({"class_id": 1, "class_name": "A"}, "expected either class_id or class_name"),

@@ -144,6 +144,28 @@ void list_classes(const enat::Pipeline& pipeline) {
     }
 }
 
+/// A file beside the one that is asked for, which takes its place when it is whole.
+class PartialFile {
+public:
+    explicit PartialFile(const std::filesystem::path& target) : target_(target), partial_(target) {
+        partial_.replace_filename("." + target.filename().string() + ".partial");
+        if (std::filesystem::is_directory(target)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
+        if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written");
+    }
+    PartialFile(const PartialFile&) = delete;
+    PartialFile& operator=(const PartialFile&) = delete;
+    ~PartialFile() {
+        std::error_code ignored;
+        std::filesystem::remove(partial_, ignored);
+    }
+
+    const std::filesystem::path& path() const { return partial_; }
+    void put_in_place() const { std::filesystem::rename(partial_, target_); }
+
+private:
+    std::filesystem::path target_, partial_;
+};
+
 void run(const Arguments& arguments) {
     if (arguments.engine.empty()) throw enat::InputError("expected --engine with an engine directory; -h shows all options");
     const std::string ending = arguments.out.extension().string();
@@ -156,16 +178,18 @@ void run(const Arguments& arguments) {
         return;
     }
     const auto classes = parse_classes(pipeline, arguments.classes);
+    const PartialFile file(arguments.out);
     enat::Tokens tokens;
     if (ending == ".png") {
         const enat::Images images = pipeline.generate(classes, arguments.settings);
         const auto square = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(images.count))));
-        write_png(arguments.out, images, arguments.columns > 0 ? arguments.columns : images.count <= 8 ? images.count : square);
+        write_png(file.path(), images, arguments.columns > 0 ? arguments.columns : images.count <= 8 ? images.count : square);
         tokens = images.tokens;
     } else {
         tokens = pipeline.generate_tokens(classes, arguments.settings);
-        write_npy(arguments.out, tokens);
+        write_npy(file.path(), tokens);
     }
+    file.put_in_place();
     if (!arguments.settings.seed) std::cerr << "seed " << tokens.seeds[0] << '\n';
 }
 

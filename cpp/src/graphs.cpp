@@ -108,6 +108,7 @@ std::string shown(const Shape& shape) {
 
 Graphs::Graphs(const Manifest& manifest, const Options& options)
     : float_type_(manifest.float_type == "float16" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT),
+      on_cpu_(!parse_device(options.device).cuda),
       env_(make_env()),
       host_memory_(Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)),
       device_memory_(nullptr) {

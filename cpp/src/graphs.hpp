@@ -44,6 +44,8 @@ public:
     /// Throws EngineError where an output of `run` has another shape; its elements have the type of the contract.
     void check(Graph graph, std::size_t output, const Ort::Value& tensor, const Shape& expected) const;
 
+    bool on_cpu() const { return on_cpu_; }
+
     /// F of the contract.
     ONNXTensorElementDataType float_type() const { return float_type_; }
 
@@ -56,6 +58,7 @@ private:
     Loaded load(Graph graph, const Manifest& manifest, const Options& options);
 
     ONNXTensorElementDataType float_type_;
+    bool on_cpu_;
     Ort::Env env_;
     Ort::MemoryInfo host_memory_, device_memory_;
     // mutable: ONNX Runtime's sessions may run in several threads at once, but their Run is not const.

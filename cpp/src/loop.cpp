@@ -94,16 +94,23 @@ std::vector<std::int64_t> sample(const Graphs& graphs, const Model& model, const
 }
 
 Images decode(const Graphs& graphs, const Model& model, const std::vector<std::int64_t>& tokens) {
-    const std::int64_t batch = static_cast<std::int64_t>(tokens.size()) / model.length();
-    const Ort::Value token_tensor = tensor({batch, model.length()}, tokens), positions = all_positions(batch, model.length());
-    const std::vector<Ort::Value> outputs = graphs.run(Graph::image_decoder, {&token_tensor, &positions});
-    const auto* pixels = graphs.values<std::uint8_t>(Graph::image_decoder, 0, outputs[0], {batch, -1, -1, 3});
-    const Shape shape = outputs[0].GetTensorTypeAndShapeInfo().GetShape();
+    const std::int64_t length = model.length(), count = static_cast<std::int64_t>(tokens.size()) / length;
+    // On the CPU one by one, whatever the batch: a picture's features fill the caches.
+    const std::int64_t at_once = graphs.on_cpu() ? 1 : count;
     Images images;
-    images.count = static_cast<std::size_t>(batch);
-    images.height = static_cast<std::size_t>(shape[1]);
-    images.width = static_cast<std::size_t>(shape[2]);
-    images.pixels.assign(pixels, pixels + images.count * images.height * images.width * 3);
+    for (std::int64_t first = 0; first < count; first += at_once) {
+        const std::vector<std::int64_t> own(tokens.begin() + first * length, tokens.begin() + (first + at_once) * length);
+        const Ort::Value token_tensor = tensor({at_once, length}, own), positions = all_positions(at_once, length);
+        const std::vector<Ort::Value> outputs = graphs.run(Graph::image_decoder, {&token_tensor, &positions});
+        const bool known = images.height > 0;
+        const auto height = known ? static_cast<std::int64_t>(images.height) : -1, width = known ? static_cast<std::int64_t>(images.width) : -1;
+        const auto* pixels = graphs.values<std::uint8_t>(Graph::image_decoder, 0, outputs[0], {at_once, height, width, 3});
+        const Shape shape = outputs[0].GetTensorTypeAndShapeInfo().GetShape();
+        images.height = static_cast<std::size_t>(shape[1]);
+        images.width = static_cast<std::size_t>(shape[2]);
+        images.pixels.insert(images.pixels.end(), pixels, pixels + at_once * shape[1] * shape[2] * 3);
+    }
+    images.count = static_cast<std::size_t>(count);
     images.tokens.count = images.count;
     images.tokens.grid = static_cast<std::size_t>(model.grid);
     images.tokens.values = tokens;

@@ -207,6 +207,11 @@ Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
     for (const char* name : {"condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx"}) {
         if (!files.contains(name)) reader.refuse("files", "a list of " + std::to_string(files.size()), std::string(name) + " among them");
     }
+    for (const char* name : {"image_decoder.onnx", "image_encoder.onnx"}) {
+        if (files.contains(name) && !manifest.model.image_size) {
+            reader.refuse("model.image_size", "null", std::string("a number, as ") + name + " is there");
+        }
+    }
     for (const auto& [name, entry] : files.items()) {
         check_file(reader, folder, name, entry, verify);
         manifest.files.insert(name);

@@ -39,7 +39,7 @@ def output_shapes(
         names = ("tokens", "revealed_tokens", "revealed_positions", "masked_positions")
         return {name: (found, np.int64) for name, found in zip(names, ((batch, masked), revealed, revealed, (batch, int(keep))))}
     if graph == "image_decoder":
-        assert model.image_size is not None
+        assert model.image_size is not None  # as the manifest's reader makes sure
         return {"images": ((shape["tokens"][0], model.image_size, model.image_size, 3), np.uint8)}
     assert graph == "image_encoder"
     return {"tokens": ((shape["images"][0], model.length), np.int64)}

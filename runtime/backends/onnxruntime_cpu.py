@@ -23,7 +23,7 @@ from .sessions import CPU, Sessions, first_line
 def int8_saturates() -> bool:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     session = ort.InferenceSession(PROBE, options, providers=["CPUExecutionProvider"])
     return saturate(lambda x: session.run(None, {"x": x})[0])
 
@@ -42,7 +42,7 @@ class OnnxRuntimeBackend(NumpyLane):
         self.options.intra_op_num_threads = threads or 0
         # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         self.options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.options.log_severity_level = 3
+        self.options.log_severity_level = 4
         if too_wide(manifest, int8_saturates):
             self.options.add_session_config_entry("session.x64quantprecision", "1")
             warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=2)

@@ -35,7 +35,7 @@ class OnnxRuntimeCudaBackend:
         index = device_index(device)
         self.device = f"cuda:{index}"
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         self.sessions = Sessions(
             lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: self.providers(graph, index, manifest)
         )

@@ -121,10 +121,10 @@ class OpenVinoLane(NumpyLane):
         request, compiled = self.request(graph)
         shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        # OpenVINO reads and writes where they lie, and keeps none of them alive: a copy that was made here must outlive the run.
+        arrays = {name: np.require(array, requirements=("C", "W")) for name, array in {**inputs, **outputs}.items()}
         try:
-            for name, array in inputs.items():
-                request.set_tensor(name, tensor(array))
-            for name, array in outputs.items():
+            for name, array in arrays.items():
                 request.set_tensor(name, tensor(array))
             request.infer()
             compiled.give_back()
@@ -134,6 +134,6 @@ class OpenVinoLane(NumpyLane):
 
 
 def tensor(array: Array) -> Any:
-    """OpenVINO's view of an array, without a copy; of nothing there is nothing to view."""
+    """OpenVINO's view of a contiguous array that can be written, without a copy; of nothing there is nothing to view."""
     dtype = np.dtype(array.dtype.name)  # OpenVINO does not know `long long`, though it is int64 too
-    return ov.Tensor(np.asarray(array, order="C").view(dtype), shared_memory=True) if array.size else ov.Tensor(dtype, array.shape)
+    return ov.Tensor(array.view(dtype), shared_memory=True) if array.size else ov.Tensor(dtype, array.shape)
