@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -11,11 +12,12 @@ def allowed_threads() -> int | None:
     """The threads that the process may keep busy, where its affinity (`taskset`, `docker --cpuset-cpus`) or the quota of a control group
     (`docker --cpus`, Kubernetes' limits) allows fewer than the machine has; None where nothing limits it.
 
-    ONNX Runtime and OpenVINO know nothing of quotas: their threads would wait for the one that is held back.
+    ONNX Runtime and OpenVINO know nothing of quotas: of many threads each would wait for the one that is held back. A part of a core is
+    worth a thread (docs/SPEED.md).
     """
     count, quota = os.cpu_count() or 1, least_quota()
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
-    allowed = affinity if quota is None else min(affinity, max(1, int(quota)))
+    allowed = affinity if quota is None else min(affinity, math.ceil(quota))
     return allowed if allowed < count else None
 
 

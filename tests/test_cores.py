@@ -58,7 +58,7 @@ def test_without_control_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("affinity", "quota", "allowed"), [(64, None, None), (64, 80.0, None), (16, None, 16), (64, 7.65, 7), (4, 7.65, 4), (64, 0.5, 1)]
+    ("affinity", "quota", "allowed"), [(64, None, None), (64, 80.0, None), (16, None, 16), (64, 7.65, 8), (4, 7.65, 4), (64, 0.5, 1)]
 )
 def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch, affinity: int, quota: float | None, allowed: int | None) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)

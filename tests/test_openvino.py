@@ -25,13 +25,12 @@ from openvino import opset13 as ops
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
-from enat.export.convert import Precision, convert_engine
 from enat.runtime.backends import openvino_cache, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import OpenVinoBackend
 from enat.runtime.cli import main
 from enat.runtime.manifest import Manifest
-from enat.runtime.pipeline import BUNDLED_ENGINE, Preview
+from enat.runtime.pipeline import Preview
 
 CLASSES = range(36)
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder")  # that pictures need
@@ -58,11 +57,8 @@ def openvino(cache: Path) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def precisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("precisions")
-    for name in ("fp16", "int8"):
-        convert_engine(BUNDLED_ENGINE, folder / name, Precision(name))
-    return {name: folder / name for name in ("fp16", "int8")}
+def precisions(fp16: Path, int8: Path) -> dict[str, Path]:
+    return {"fp16": fp16, "int8": int8}
 
 
 def test_tokens_of_two_hundred_pictures(openvino: Pipeline, reference: Pipeline) -> None:
