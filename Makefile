@@ -39,7 +39,8 @@ test-gpu: .venv/gpu/ready
 
 .venv/gpu/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/gpu
-	.venv/gpu/$(INSTALL) ".[gpu,calibration]" pytest hypothesis
+	.venv/gpu/$(INSTALL) ".[gpu,calibration]" pytest hypothesis || \
+		{ echo "TensorRT cannot be installed here; its tests are left out"; .venv/gpu/$(INSTALL) ".[cuda,calibration]" pytest hypothesis; }
 	touch $@
 
 # Triton's server. Its Python backend needs NumPy 1, so that it has an environment of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
 import sys
 import warnings
@@ -54,6 +55,8 @@ def needs(extra: str, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        if importlib.util.find_spec("onnxruntime"):  # onnxruntime-gpu, maybe: the other beside it would overwrite it
+            extra = extra.removesuffix(",cpu")
         raise click.ClickException(f"{what} needs more packages ({error}); install them with: pip install 'enat[{extra}]'") from error
 
 

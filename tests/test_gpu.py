@@ -34,8 +34,11 @@ def missing(backend: str) -> str | None:
 
             tensorrt.Runtime(tensorrt.Logger())
         if "onnxruntime" in backend:
+            import onnxruntime
+
             from enat.runtime.backends.onnxruntime_cuda import check_packages
 
+            onnxruntime.preload_dlls()
             check_packages("TensorrtExecutionProvider" if "tensorrt" in backend else "CUDAExecutionProvider")
     except (ImportError, EnatError, TypeError) as error:
         return str(error)
@@ -75,7 +78,8 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_agreement_with_the_cpu(pipe: Pipeline) -> None:
     with Pipeline.load() as reference:
         found = compare(pipe, reference, images=72)
-    assert found.top1 >= 0.999
+    # ONNX Runtime's TensorRT provider has no option for TF32, which is TensorRT's default.
+    assert found.top1 >= (0.99 if pipe.backend.name == "onnxruntime-tensorrt" else 0.999)
     assert found.psnr is not None and found.psnr > 45
     print(f"{pipe.backend.name}: {found}; {found.tokens_equal:.1%} of tokens equal when left to itself")
 
@@ -115,5 +119,16 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
 
 
 def test_more_than_the_memory(pipe: Pipeline) -> None:
-    with pytest.raises(EnatError, match=r"a batch of \d+ fits|expected at most 8"):
-        pipe.generate([0] * 400_000, seed=0, steps=1, batch_size=400_000)
+    """With all but 1 GiB of it taken, a batch whose logits alone are that large."""
+    from enat.runtime.backends.cuda import CudaDevice
+
+    images = 2**30 // (4 * pipe.manifest.model.length * pipe.manifest.model.codes)
+    device = CudaDevice(0)
+    taken = device.allocate(device.free_memory() - 2**30)
+    try:
+        with pytest.raises(EnatError, match=r"a batch of \d+ fits|not even one fits|expected at most 8"):
+            pipe.generate([0] * images, seed=0, steps=2, batch_size=images)
+    finally:
+        device.free(taken)
+        device.close()
+    assert pipe.generate([0], seed=0).shape[0] == 1
