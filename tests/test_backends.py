@@ -87,8 +87,8 @@ def test_onnxruntime_needs_its_own_tensorrt(monkeypatch: pytest.MonkeyPatch, ver
             onnxruntime_cuda.load_tensorrt()
 
 
-def test_float32_stays_float32_on_a_gpu(engines: Callable[[str], Path]) -> None:
-    manifest = read_manifest(engines("tiny"))
+def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
+    manifest = read_manifest(engine_copy)
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
         for graph in ("encoder", "sampler"):
             providers = dict(cls.providers(object.__new__(cls), graph, 3, manifest))
