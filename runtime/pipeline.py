@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,20 @@ class Preview:
 Callback = Callable[[int, int, Preview], bool | None]
 
 
+class Drawing(TypedDict, total=False):
+    """Settings of a run, as `Pipeline.generate_tokens` explains them."""
+
+    num: int
+    seed: Seed
+    steps: int | None
+    guidance: float | None
+    mask_temperature: float | None
+    sampling_temperature: float | None
+    batch_size: int
+    callback: Callback | None
+    progress: bool
+
+
 class Pipeline:
     """An engine, loaded. One pipeline may be used from several threads at once."""
 
@@ -93,7 +107,7 @@ class Pipeline:
     def close(self) -> None:
         self.backend.close()
 
-    def generate(self, classes: Classes, **settings: Any) -> Images:
+    def generate(self, classes: Classes, **settings: Unpack[Drawing]) -> Images:
         """Draws pictures: uint8 [N, height, width, 3], RGB, class by class. Settings as for `generate_tokens`.
 
         Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
@@ -101,12 +115,12 @@ class Pipeline:
         """
         return np.concatenate(list(self.stream(classes, **settings)))
 
-    def stream(self, classes: Classes, **settings: Any) -> Iterator[Images]:
+    def stream(self, classes: Classes, **settings: Unpack[Drawing]) -> Iterator[Images]:
         """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once."""
         self.require_images()
         return (images for (images,) in self.batches(classes, images=True, **settings))
 
-    def generate_tokens(self, classes: Classes, **settings: Any) -> Tokens:
+    def generate_tokens(self, classes: Classes, **settings: Unpack[Drawing]) -> Tokens:
         """Draws tokens: int64 [N, grid, grid].
 
         classes: numbers or names, or one of them. Settings, all optional:
