@@ -16,7 +16,7 @@ from .backends import BACKENDS
 from .classes import parse_classes
 from .command import Command
 from .files import check_writable
-from .outputs import RUN_RECORD, Request, open_folder, read_record, request_of, sheet_columns, write_file, write_folder
+from .outputs import RUN_RECORD, Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, read_metadata
 from .pipeline import BATCH_SIZE, Pipeline, image_seeds
 from .progress import progress_bar
@@ -185,14 +185,6 @@ def make_request(
     pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any], quiet: bool
 ) -> Request:
     """The request of a command line; draws and prints a seed where none was given."""
-    default = pipeline.manifest.sampling
-    defaults: dict[str, Any] = {
-        "steps": default.steps,
-        "guidance": default.cfg_scale,
-        "mask_temperature": default.mask_temp,
-        "sampling_temperature": default.samp_temp,
-    }
-    chosen = {name: value if settings[name] is None else settings[name] for name, value in defaults.items()}
     if not classes:
         raise InputError("expected at least one --class; --list-classes shows them")
     if num < 1:
@@ -202,7 +194,7 @@ def make_request(
         seed = secrets.randbits(32)
         if not quiet:
             click.echo(f"seed {seed}", err=True)
-    return Request(tuple(labels), tuple(image_seeds(seed, len(labels))), **chosen)
+    return request_for(pipeline.manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
 
 
 def show_classes(pipeline: Pipeline, as_json: bool) -> None:

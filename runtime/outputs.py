@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InputError
 from .files import WholeFile
+from .manifest import Sampling
 from .pictures import (
     IMAGE_SUFFIXES,
     METADATA_KEY,
@@ -72,6 +73,18 @@ class Request:
             "settings": self.settings,
             "columns": columns,
         }
+
+
+def request_for(sampling: Sampling, labels: Sequence[int], seeds: Sequence[int], settings: Mapping[str, Any]) -> Request:
+    """A request with these settings; what is missing or None is the engine's own."""
+    chosen: dict[str, Any] = {
+        "steps": sampling.steps,
+        "guidance": sampling.cfg_scale,
+        "mask_temperature": sampling.mask_temp,
+        "sampling_temperature": sampling.samp_temp,
+    }
+    chosen |= {name: value for name, value in settings.items() if value is not None}
+    return Request(tuple(labels), tuple(seeds), **chosen)
 
 
 def request_of(metadata: dict[str, Any]) -> Request:

@@ -142,6 +142,7 @@ def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
         "output": [
             {"name": "image", "data_type": Word("TYPE_UINT8"), "dims": [size, size, 3]},
             {"name": "seed", "data_type": Word("TYPE_UINT64"), "dims": [1]},
+            {"name": "metadata", "data_type": Word("TYPE_STRING"), "dims": [1]},
         ],
         "dynamic_batching": batching,
         "instance_group": [

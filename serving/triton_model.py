@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import EnatError, InputError
 from ..runtime.classes import class_index
+from ..runtime.outputs import request_for
 from ..runtime.pictures import png_bytes, to_pil
 from ..runtime.pipeline import Pipeline
 from .batches import SETTINGS, Picture, draw_all
@@ -32,7 +33,9 @@ def failed(message: str, code: Any) -> Any:
 
 
 class PictureModel:
-    """`class_id` or `class_name`, `seed` and settings, [n, 1] each, → `image` uint8 [n, height, width, 3] and the `seed` of each."""
+    """`class_id` or `class_name`, `seed` and settings, [n, 1] each, → `image` uint8 [n, height, width, 3], and
+    `seed` and `metadata` of each.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
@@ -65,8 +68,11 @@ class PictureModel:
             elif any(image is None for image in own):
                 responses.append(failed("cancelled", pb_utils.TritonError.CANCELLED))
             else:
-                seeds = np.array([[picture.seed] for picture in one], np.uint64)
-                tensors = [pb_utils.Tensor("image", np.stack(own)), pb_utils.Tensor("seed", seeds)]  # type: ignore[arg-type]
+                tensors = [
+                    pb_utils.Tensor("image", np.stack(own)),  # type: ignore[arg-type]
+                    pb_utils.Tensor("seed", np.array([[picture.seed] for picture in one], np.uint64)),
+                    pb_utils.Tensor("metadata", np.array([[self.metadata(picture)] for picture in one], object)),
+                ]
                 responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
         return responses
 
@@ -100,6 +106,11 @@ class PictureModel:
             self.pipeline.schedule(**chosen)  # raises for what is out of its range
         return [Picture(label, seed, one) for label, seed, one in zip(labels, seeds, settings, strict=True)]
 
+    def metadata(self, picture: Picture) -> bytes:
+        """What enat-run writes into a file of the picture, as JSON."""
+        request = request_for(self.pipeline.manifest.sampling, [picture.label], [picture.seed], dict(picture.settings))
+        return json.dumps(request.metadata(self.pipeline)).encode()
+
     def finalize(self) -> None:
         self.pipeline.close()
 
@@ -117,12 +128,13 @@ class PngModel:
         if request.is_cancelled():
             return failed("cancelled", pb_utils.TritonError.CANCELLED)
         inputs = [tensor for name in INPUTS if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None]
-        inner = pb_utils.InferenceRequest(model_name=self.model, requested_output_names=["image", "seed"], inputs=inputs)
+        inner = pb_utils.InferenceRequest(model_name=self.model, requested_output_names=["image", "seed", "metadata"], inputs=inputs)
         response = await inner.async_exec()
         if response.has_error():
             return pb_utils.InferenceResponse(error=response.error())
         images = pb_utils.get_output_tensor_by_name(response, "image").as_numpy()
-        seeds = pb_utils.get_output_tensor_by_name(response, "seed")
-        files = [png_bytes(image, {"seed": int(seed)}) for image, seed in zip(to_pil(images), seeds.as_numpy()[:, 0], strict=True)]
+        seeds = pb_utils.get_output_tensor_by_name(response, "seed").as_numpy()
+        records = pb_utils.get_output_tensor_by_name(response, "metadata").as_numpy()[:, 0]
+        files = [png_bytes(image, json.loads(record)) for image, record in zip(to_pil(images), records, strict=True)]
         png = pb_utils.Tensor("png", np.array([[file] for file in files], object))
-        return pb_utils.InferenceResponse(output_tensors=[png, pb_utils.Tensor("seed", seeds.as_numpy())])
+        return pb_utils.InferenceResponse(output_tensors=[png, pb_utils.Tensor("seed", seeds)])

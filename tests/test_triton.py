@@ -25,6 +25,7 @@ from PIL import Image
 from enat import Pipeline
 from enat.benchmarks.triton_server import Server
 from enat.errors import InputError
+from enat.runtime.pictures import read_metadata
 from enat.runtime.pipeline import BUNDLED_ENGINE
 from enat.serving.batches import Picture, draw_all
 from enat.serving.cli import main
@@ -303,6 +304,22 @@ def test_png(client: Client, pipe: Pipeline) -> None:
     for (file,), picture in zip(answer.as_numpy("png"), expected, strict=True):
         with Image.open(io.BytesIO(file)) as image:
             assert image.format == "PNG" and (np.asarray(image) == picture).all()
+
+
+def test_a_server_s_picture_says_how_it_was_made(client: Client, tmp_path: Path) -> None:
+    """What enat-run says of the same picture, so that it can be made again from the file alone."""
+    from enat.runtime.cli import main as run
+
+    asked: dict[str, Any] = {"class_name": "R", "seed": 11, "steps": 5, "guidance": 2.7}
+    ((file,),) = client.ask(client.open(), "enat_png", **asked).as_numpy("png")
+    ((metadata,),) = client.ask(client.open(), **asked).as_numpy("metadata")
+    served, ours = tmp_path / "served.png", tmp_path / "ours.png"
+    served.write_bytes(file)
+    arguments = ("--backend", "onnxruntime", "--class", "R", "--seed", 11, "--steps", 5, "--guidance", 2.7)
+    assert invoke(run, *arguments, "--out", ours).exit_code == 0
+    assert read_metadata(served) == read_metadata(ours) == json.loads(metadata)
+    assert invoke(run, "--replay", served, "--out", tmp_path / "again.png").exit_code == 0
+    assert (tmp_path / "again.png").read_bytes() == ours.read_bytes()
 
 
 KINDS: tuple[dict[str, float], ...] = (
