@@ -12,9 +12,12 @@ import click
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..models.checkpoint import HEAD_DIM
 from ..models.network import Network, NetworkConfig
 from ..models.tokenizer import Tokenizer, TokenizerConfig
+from ..runtime.command import Command
+from ..runtime.files import WholeFile, check_writable
 
 ENAT_L_256 = NetworkConfig(grid=16, dim=1024, heads=16, encoder_depth=22, decoder_depth=2, codes=1024, num_classes=1000)
 VQGAN_F16 = TokenizerConfig(channels=(128, 128, 256, 256, 512), encoder_blocks=2, decoder_blocks=2, codes=1024, code_dim=256)
@@ -48,19 +51,24 @@ def write_checkpoints(folder: Path, network: NetworkConfig = ENAT_L_256, tokeniz
         models = Network(network), Tokenizer(tokenizer)
     for path, model in zip(paths, models, strict=True):
         if not path.exists():
-            torch.save(random_state(model), path)
+            with WholeFile(path) as partial:
+                torch.save(random_state(model), partial)
     return paths
 
 
-@click.command()
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--dim", default=ENAT_L_256.dim, show_default=True, help="Width of the network, in heads of 64.")
 @click.option("--encoder-depth", default=ENAT_L_256.encoder_depth, show_default=True, help="Blocks that encode; two decode.")
 def main(out: Path, dim: int, encoder_depth: int) -> None:
-    """Write random checkpoints, by default of the published sizes."""
+    """Write random checkpoints, by default of the published sizes; files that are there are kept."""
+    if dim < 1 or dim % HEAD_DIM or encoder_depth < 1:
+        raise InputError(f"expected a width that is a multiple of {HEAD_DIM}, and 1 or more blocks; got {dim} and {encoder_depth}")
+    check_writable(out)
+    there = {path for path in out.glob("*") if path.is_file()}
     network = dataclasses.replace(ENAT_L_256, dim=dim, heads=dim // HEAD_DIM, encoder_depth=encoder_depth)
     for path in write_checkpoints(out, network):
-        click.echo(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+        click.echo(f"{path}: {path.stat().st_size / 1e9:.2f} GB{', was there and is kept' if path in there else ''}")
 
 
 if __name__ == "__main__":

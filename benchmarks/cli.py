@@ -78,7 +78,7 @@ def main(
     if plot:
         if plot.suffix.lower() not in PLOTS:
             raise InputError(f"{plot}: expected a file that ends in {', '.join(PLOTS)}")
-        check_writable(plot)
+        check_writable(plot, file=True)
         with needs("plot", "--plot"):
             import matplotlib  # noqa: F401
     batches = tuple(dict.fromkeys(parse_numbers("--batch", batch_text)))

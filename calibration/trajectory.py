@@ -30,9 +30,14 @@ class Trajectory:
     positions: Ints
 
 
+MOST_IMAGES = 1_000_000
+
+
 def spread_labels(model: ModelInfo, images: int, classes: Sequence[int] | None = None) -> list[int]:
     """Labels for `images` runs, as many different ones as there can be: of `classes`, or evenly over all of the model's."""
     chosen = list(range(model.num_classes)) if classes is None else list(classes)
+    if images > MOST_IMAGES:
+        raise InputError(f"expected at most {MOST_IMAGES} images, got {images}")
     if images < len(chosen) and classes is not None:
         raise InputError(f"{images} images are too few for {len(chosen)} classes; expected at least one a class")
     if images >= len(chosen):

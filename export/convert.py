@@ -96,7 +96,7 @@ def convert_engine(
     if calibration_file:
         if calibration_file.absolute().is_relative_to(out.absolute()):
             raise InputError(f"{calibration_file}: a calibration is not a part of the engine; expected a place outside {out}")
-        check_writable(calibration_file)
+        check_writable(calibration_file, file=True)
     with put_in_place(out, force) as folder, Pipeline.load(source, WATCHED) as reference:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             section, graphs = changed_graphs(
@@ -165,7 +165,7 @@ def changed_graphs(
         section = describe_calibration(calibration, quantized, reference)
         report(f"int8: {section['int8_share']:.1%} of the multiply-adds; in float: {', '.join(section['float_layers']) or 'none'}")
         if section["int8_share"] < LEAST_SHARE:
-            report(f"int8: that is less than {LEAST_SHARE:.0%}, the rest would change the pictures, or was not reached or asked for")
+            report(f"int8: less than {LEAST_SHARE:.0%}; 8 bits of more would change the pictures, or the options leave them in float")
         graphs = quantized
     if precision.float16:
         report("float16: watching how large values get")

@@ -65,7 +65,7 @@ def main(
         if file and file.suffix.lower() not in suffixes:
             raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")
         if file:
-            check_writable(file)
+            check_writable(file, file=True)
     with needs("calibration,cpu", "comparing engines"):
         from .compare import compare
         from .layers import layer_errors

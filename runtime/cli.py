@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from .progress import progress_bar
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 
+MOST_PICTURES = 1_000_000  # of one run, whose record names each
+
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
@@ -33,7 +34,7 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
     metavar="CLASS",
     help="Number, name, range (10-19, A-F) or all; may be repeated. #7 is always number 7.",
 )
-@click.option("--num", default=1, show_default=True, help="Pictures a class.")
+@click.option("--num", type=int, help="Pictures a class; default: 1.")
 @click.option("--seed", type=int, help="Picture i has seed SEED + i; without it, one is drawn and printed.")
 @click.option("--steps", type=int, help="Sampling steps, 1 to the number of tokens; default: the engine's.")
 @click.option("--guidance", type=float, help="Scale of the classifier-free guidance, 0 for none; default: the engine's.")
@@ -47,9 +48,7 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
     "--format",
     "suffix",
     type=click.Choice(["png", "webp", "jpg", "npy"]),
-    default="png",
-    show_default=True,
-    help="Of files in a folder.",
+    help="Of files in a folder; default: png.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
@@ -66,13 +65,13 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 def main(
     engine: Path | None,
     classes: tuple[str, ...],
-    num: int,
+    num: int | None,
     seed: int | None,
     out: Path | None,
     grid: bool,
     columns: int | None,
     gif: bool,
-    suffix: str,
+    suffix: str | None,
     resume: bool,
     force: bool,
     replay: Path | None,
@@ -93,37 +92,42 @@ def main(
         if list_classes:
             show_classes(pipeline, as_json)
             return
-        if engine is None:
-            click.echo("no --engine given: using the bundled one (letters A-Z and digits 0-9)", err=True)
-        if chosen == "auto" and not as_json:
-            click.echo(f"backend auto: {pipeline.backend.name}", err=True)
         if out is None:
             raise InputError("expected --out with a folder or a file to write")
-        check_writable(out)
         single = check_kind(out, grid, gif, resume)
+        check_writable(out, file=single)
+        if single and suffix:
+            raise InputError(f"{out}: --format goes with a folder, this is a file")
         if batch_size < 1:
             raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
         if columns is not None and (columns < 1 or not grid):
             raise InputError(f"expected 1 or more columns, of a sheet (--grid), got {columns}")
         if replay:
-            if classes or seed is not None or any(value is not None for value in settings.values()):
-                raise InputError("--replay takes classes, seed and settings from the file; give it none")
+            if classes or any(value is not None for value in (num, seed, *settings.values())):
+                raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
             request, theirs = replayed(pipeline, earlier, replay, force)
             columns = columns or theirs
         else:
             if resume and seed is None:
                 seed = request_of(read_record(out)).seeds[0]
-            request = make_request(pipeline, classes, num, seed, settings, quiet=as_json)
+            request = make_request(pipeline, classes, 1 if num is None else num, seed, settings)
         pipeline.schedule(**request.settings)
-        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix}"
+        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or 'png'}"
         if ending != ".npy":
             pipeline.require_images()
+        if engine is None:
+            click.echo("no --engine given: using the bundled one (letters A-Z and digits 0-9)", err=True)
+        if not as_json:
+            if chosen == "auto":
+                click.echo(f"backend auto: {pipeline.backend.name}", err=True)
+            if seed is None and not replay:
+                click.echo(f"seed {request.seeds[0]}", err=True)
         if single:
             columns = columns or sheet_columns(request, out, grid)
             write_file(pipeline, request, out, columns, batch_size=batch_size, progress=True)
             files = [out]
         else:
-            open_folder(out, request, pipeline, resume, force)
+            open_folder(out, request, pipeline, ending, resume, force)
             with progress_bar(len(request.labels), "picture") as bar:
                 files = write_folder(pipeline, request, out, ending, batch_size, resume, lambda _: bar.update())
         seconds = time.perf_counter() - started
@@ -140,7 +144,8 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     suffix = out.suffix.lower()
     pictures = f"a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif"
     if suffix not in FILE_SUFFIXES:
-        if suffix in Image.registered_extensions() and not out.is_dir():
+        unknown = suffix in Image.registered_extensions() or (suffix[1:].isalpha() and len(suffix) <= 5)
+        if unknown and not out.is_dir():
             raise InputError(f"{out}: expected a folder, or a file that ends in {', '.join(FILE_SUFFIXES)}")
         if grid:
             raise InputError(f"{out}: --grid makes one picture; expected {pictures}")
@@ -181,19 +186,16 @@ def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bo
     return request_of(metadata), columns
 
 
-def make_request(
-    pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any], quiet: bool
-) -> Request:
-    """The request of a command line; draws and prints a seed where none was given."""
+def make_request(pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any]) -> Request:
+    """The request of a command line; draws a seed where none was given."""
     if not classes:
         raise InputError("expected at least one --class; --list-classes shows them")
     if num < 1:
         raise InputError(f"expected 1 or more pictures a class, got {num}")
-    labels = [label for label in parse_classes(pipeline.manifest.model, classes) for _ in range(num)]
-    if seed is None:
-        seed = secrets.randbits(32)
-        if not quiet:
-            click.echo(f"seed {seed}", err=True)
+    chosen = parse_classes(pipeline.manifest.model, classes)
+    if len(chosen) * num > MOST_PICTURES:
+        raise InputError(f"{len(chosen) * num} pictures are too many for one run; expected at most {MOST_PICTURES}")
+    labels = [label for label in chosen for _ in range(num)]
     return request_for(pipeline.manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
 
 

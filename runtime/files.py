@@ -9,8 +9,10 @@ from pathlib import Path
 from ..errors import InputError
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError where `path` can't be written, before any work is done for it."""
+def check_writable(path: Path, file: bool = False) -> None:
+    """Raises InputError where `path`, a file or a folder, can't be written, before any work is done for it."""
+    if file and path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file to write")
     parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be written: {parent} is not a folder")

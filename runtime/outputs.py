@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,12 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in ("labels", "seeds")}
+        return {
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "mask_temperature": self.mask_temperature,
+            "sampling_temperature": self.sampling_temperature,
+        }
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -160,10 +165,10 @@ def file_name(pipeline: Pipeline, request: Request, index: int, suffix: str) -> 
     return f"{index:06d}-{label}{'-' + name if name else ''}-{request.seeds[index]}{suffix}"
 
 
-def open_folder(out: Path, request: Request, pipeline: Pipeline, resume: bool, force: bool) -> None:
+def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, resume: bool, force: bool) -> None:
     """Makes the folder of a run and its record, or checks that the run that began there is this one. Raises InputError."""
     record = out / RUN_RECORD
-    mine = request.metadata(pipeline)
+    mine = {**request.metadata(pipeline), "format": suffix.removeprefix(".")}
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
     if out.is_dir() and any(out.iterdir()) and not force:

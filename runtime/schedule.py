@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from ..errors import InputError
 
@@ -43,11 +44,11 @@ def schedule(length: int, steps: int, cfg_scale: float, mask_temp: float, samp_t
     cfg_scale: guidance at the end; it rises linearly from 0. mask_temp, samp_temp: temperatures at the start; they fall linearly.
     Raises InputError where a setting is out of its range.
     """
-    if not 1 <= steps <= length:
-        raise InputError(f"expected 1 to {length} steps, got {steps}")
+    if not isinstance(steps, Integral) or not 1 <= steps <= length:
+        raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
     for name, value in (("guidance", cfg_scale), ("mask temperature", mask_temp), ("sampling temperature", samp_temp)):
-        if not (math.isfinite(value) and value >= 0):
-            raise InputError(f"expected a {name} of 0 or more, got {value}")
+        if not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
+            raise InputError(f"expected a {name} of 0 or more, got {value!r:.40}")
     result: list[Step] = []
     masked, new = length, 0
     for index in range(steps):

@@ -120,6 +120,9 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
         ({"classes": [7.9]}, "expected a class by its number or name, got 7.9"),
         ({"classes": [1], "seed": 1.5}, "expected a seed that is a whole number, got 1.5"),
         ({"classes": [1], "seed": [None]}, "expected a seed that is a whole number, got None"),
+        ({"classes": "all"}, "unknown class 'all'"),
+        ({"classes": [1], "steps": "8"}, "expected 1 to 64 steps, got '8'"),
+        ({"classes": [1], "guidance": "a"}, "expected a guidance of 0 or more, got 'a'"),
         ({"classes": ["9" * 5000]}, "expected a class of 0 to 9, got 9"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

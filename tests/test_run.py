@@ -24,6 +24,7 @@ from PIL import Image, PngImagePlugin
 import enat
 from enat import Pipeline
 from enat.runtime.cli import main
+from enat.runtime.outputs import request_for
 from enat.runtime.pictures import read_metadata, save_image
 
 Run = Callable[..., Result]
@@ -301,6 +302,38 @@ def test_what_does_not_fit_into_a_format(run: Run) -> None:
     refused(run("--class", 1, "--num", 3000, "--grid", "--out", "a.jpg"), "3000 pictures does not fit into .jpg; expected .png or .webp")
     refused(run("--class", 1, "--num", 2000, "--grid", "--columns", 1, "--out", "a.webp"), "pixels; .webp holds at most 16383 each way")
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--class", "all", "--num", 10**24, "--out", "x"], "pictures are too many for one run; expected at most 1000000"),
+        (["--class", 1, "--num", 0, "--out", "x"], "expected 1 or more pictures a class, got 0"),
+        (["--class", 1, "--format", "webp", "--out", "x.png"], "x.png: --format goes with a folder"),
+        (["--class", 1, "--out", "there.png"], "there.png: is a folder; expected a file to write"),
+        (["--class", 1, "--out", "x.txt"], "x.txt: expected a folder, or a file that ends in .png"),
+        (["--class", 1, "--guidance", "nan", "--out", "x.png"], "expected a guidance of 0 or more, got nan"),
+    ],
+)
+def test_more_that_is_refused(run: Run, arguments: list[object], message: str) -> None:
+    Path("there.png").mkdir()
+    refused(run(*arguments), message)
+    assert not list(Path("there.png").iterdir()) and len(list(Path().iterdir())) == 1
+
+
+def test_a_folder_of_very_many_pictures(engines: Callable[[str], Path]) -> None:
+    """What is written into each file does not grow with how many there are."""
+    with Pipeline.load(engines("tiny")) as pipeline:
+        request = request_for(pipeline.manifest.sampling, [1] * 200_000, range(200_000), {})
+        started = time.perf_counter()
+        for i in range(1000):
+            request.only([i]).metadata(pipeline)
+        assert time.perf_counter() - started < 2  # 0.02 s; a copy of all labels each would take 200
+
+
+def test_a_folder_goes_on_in_its_own_format(run: Run) -> None:
+    assert run("--class", 1, "--seed", 1, "--out", "folder").exit_code == 0
+    refused(run("--class", 1, "--seed", 1, "--out", "folder", "--resume", "--format", "webp"), "other format")
 
 
 def test_the_root_is_no_place_for_pictures(run: Run) -> None:

@@ -8,7 +8,9 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -495,6 +497,19 @@ def test_the_page_s_client(server: Server, pipe: Pipeline) -> None:
     (expected,) = pipe.generate([17], seed=7)
     assert (found["picture"] == expected).all()
     assert (np.asarray(Image.open(io.BytesIO(found["png"]))) == expected).all()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
+def test_the_page_s_commands(server: Server, pipe: Pipeline, tmp_path: Path) -> None:
+    """curl and tail as docs/TRITON.md prints them."""
+    page = (Path(__file__).parent.parent / "docs" / "TRITON.md").read_text()
+    found = re.search(r"    curl .*?> r\.png\n", page, re.S)
+    assert found
+    commands = found[0].replace("localhost:8000", f"127.0.0.1:{server.http_port}")
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "r.png") as picture:
+        seed = json.loads(picture.info["enat"])["images"][0]["seed"]
+        assert (np.asarray(picture) == pipe.generate("R", seed=seed)[0]).all()
 
 
 def test_deployments() -> None:
