@@ -69,7 +69,7 @@ int allowed_threads() {
     cpu_set_t set;
     int allowed = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : count;
     const auto quota = least_quota();
-    if (quota) allowed = std::min(allowed, static_cast<int>(std::ceil(*quota)));
+    if (quota) allowed = static_cast<int>(std::min<double>(allowed, std::ceil(*quota)));
     return allowed < count ? allowed : 0;
 }
 
