@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import InputError
 from .backends import BACKENDS
-from .classes import parse_classes
+from .classes import class_index, parse_classes
 from .command import Command
 from .files import check_writable
 from .outputs import RUN_RECORD, Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
@@ -21,7 +21,8 @@ from .pipeline import BATCH_SIZE, Pipeline, image_seeds
 from .progress import progress_bar
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
-
+FORMATS = ("png", "webp", "jpg", "npy")  # of files in a folder
+OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt")  # of files that are none of these, and no folders
 MOST_PICTURES = 1_000_000  # of one run, whose record names each
 
 
@@ -47,7 +48,7 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
 @click.option(
     "--format",
     "suffix",
-    type=click.Choice(["png", "webp", "jpg", "npy"]),
+    type=click.Choice(FORMATS),
     help="Of files in a folder; default: png.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder.")
@@ -96,8 +97,8 @@ def main(
             raise InputError("expected --out with a folder or a file to write")
         single = check_kind(out, grid, gif, resume)
         check_writable(out, file=single)
-        if single and suffix:
-            raise InputError(f"{out}: --format goes with a folder, this is a file")
+        if suffix and (single or gif):
+            raise InputError(f"{out}: --format goes with a folder of pictures")
         if batch_size < 1:
             raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
         if columns is not None and (columns < 1 or not grid):
@@ -112,7 +113,7 @@ def main(
                 seed = request_of(read_record(out)).seeds[0]
             request = make_request(pipeline, classes, 1 if num is None else num, seed, settings)
         pipeline.schedule(**request.settings)
-        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or 'png'}"
+        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or earlier_format(earlier)}"
         if ending != ".npy":
             pipeline.require_images()
         if engine is None:
@@ -144,7 +145,7 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     suffix = out.suffix.lower()
     pictures = f"a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif"
     if suffix not in FILE_SUFFIXES:
-        unknown = suffix in Image.registered_extensions() or (suffix[1:].isalpha() and len(suffix) <= 5)
+        unknown = suffix in (*Image.registered_extensions(), *OTHER_SUFFIXES)
         if unknown and not out.is_dir():
             raise InputError(f"{out}: expected a folder, or a file that ends in {', '.join(FILE_SUFFIXES)}")
         if grid:
@@ -172,6 +173,12 @@ def earlier_backend(metadata: dict[str, Any], device: str) -> str:
     return name if isinstance(name, str) and device.split(":")[0] in BACKENDS.get(name, ()) else "auto"
 
 
+def earlier_format(metadata: dict[str, Any]) -> str:
+    """The format of an earlier run's pictures, where it may be asked for; else the default."""
+    name = metadata.get("format")
+    return name if name in FORMATS else FORMATS[0]
+
+
 def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bool) -> tuple[Request, int | None]:
     """The request that made a file, and the columns of its sheet. Raises InputError where another engine made it."""
     theirs, mine = str(metadata.get("engine")), pipeline.manifest.hash
@@ -183,7 +190,10 @@ def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bo
     columns = metadata.get("columns")
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise InputError(f"{file}: its record is damaged: columns is {columns!r:.40}")
-    return request_of(metadata), columns
+    request = request_of(metadata)
+    for label in request.labels:
+        class_index(pipeline.manifest.model, label)
+    return request, columns
 
 
 def make_request(pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any]) -> Request:

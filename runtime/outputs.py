@@ -178,8 +178,9 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
             raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
         theirs = read_record(out)
         for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise InputError(f"{out}: the run that began there has other {key} (in its {RUN_RECORD}); expected the same")
+            if theirs.get(key, value if key == "format" else None) != value:
+                found = f"the format {theirs.get(key)!r:.20}, not {value!r}" if key == "format" else f"other {key}"
+                raise InputError(f"{out}: the run that began there has {found} (in its {RUN_RECORD}); expected the same")
     with WholeFile(record) as partial:
         partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from ..errors import InputError
 from .files import WholeFile
@@ -23,6 +24,12 @@ METADATA_KEY = "enat"
 EXIF_DESCRIPTION = 0x010E
 LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # pixels each way
 LONGEST_EXIF = 65_000  # bytes of JSON; a JPEG's Exif segment holds 65,533 with what is around it
+OPENERS: dict[bytes, Callable[[Path], Image.Image]] = {  # by how files begin
+    rb"\x89PNG": PngImagePlugin.PngImageFile,
+    rb"\xff\xd8": JpegImagePlugin.JpegImageFile,
+    rb"RIFF....WEBP": WebPImagePlugin.WebPImageFile,
+    rb"GIF8": GifImagePlugin.GifImageFile,
+}
 GAP = 2  # pixels between the pictures of a sheet
 
 
@@ -149,8 +156,11 @@ def metadata_text(path: Path) -> str | None:
             return str(data["metadata"])
     if suffix == ".npy":
         return metadata_file(path).read_text("utf-8")
+    with path.open("rb") as file:
+        start = file.read(12)
     # Image.open refuses pictures of very many pixels, and large sheets are some; here no pixel is read.
-    with PngImagePlugin.PngImageFile(path) if suffix == ".png" else Image.open(path) as image:
+    opener = next((opener for pattern, opener in OPENERS.items() if re.match(pattern, start, re.DOTALL)), Image.open)
+    with opener(path) as image:
         if image.format == "PNG":
             return image.info.get(METADATA_KEY)
         if image.format == "GIF":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,13 +163,12 @@ class Pipeline:
     ) -> Iterator[list[NDArray[Any]]]:
         """Draws batch by batch: what `loop.sample` gives for each. Arguments are checked before the first is drawn."""
         steps = self.schedule(**settings)
-        if num < 1:
+        if whole(num, "a whole number of images") < 1:
             raise InputError(f"expected 1 or more images a class, got {num}")
-        if batch_size < 1:
+        if whole(batch_size, "a whole number as batch size") < 1:
             raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
-        if isinstance(classes, str) or not isinstance(classes, Iterable):
-            classes = [classes]
-        labels = [class_index(self.manifest.model, wanted) for wanted in classes for _ in range(num)]
+        chosen: Any = classes if is_several(classes) else [classes]
+        labels = [class_index(self.manifest.model, wanted) for wanted in chosen for _ in range(num)]
         if not labels:
             raise InputError("expected at least one class")
         seeds = image_seeds(seed, len(labels))
@@ -253,14 +253,20 @@ def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int
     return result.reshape(-1, grid, grid)
 
 
+def is_several(value: object) -> bool:
+    """Whether it is an iterable of values, and no word; an array without dimensions is one value."""
+    return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "shape", None) != ()
+
+
 def image_seeds(seed: Seed, count: int) -> list[int]:
     """One seed an image, each in [0, 2⁶⁴). Raises InputError."""
-    if isinstance(seed, Iterable):
-        seeds = [whole(one, "a seed that is a whole number") for one in seed]
+    given: Any = seed
+    if is_several(given):
+        seeds = [whole(one, "a seed that is a whole number") for one in itertools.islice(given, count + 1)]
         if len(seeds) != count:
             raise InputError(f"expected one seed for each of {count} images, got {len(seeds)}")
     else:
-        first = secrets.randbits(32) if seed is None else whole(seed, "a seed that is a whole number")
+        first = secrets.randbits(32) if given is None else whole(given, "a seed that is a whole number")
         if not 0 <= first < 2**64:
             raise InputError(f"expected a seed of 0 to 2**64 - 1, got {first}")
         seeds = [(first + i) % 2**64 for i in range(count)]

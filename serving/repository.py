@@ -97,8 +97,9 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         if (out / name).exists() and not (out / name / CONFIG).is_file():
             raise InputError(f"{out / name}: exists and is not a model; it is not replaced, remove it yourself or choose another --name")
     out.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
     # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
-    place = out if out.is_mount() else out.absolute().parent
+    place = out if out.is_mount() else out.parent
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=place))
     try:
         for name, config in models.items():
@@ -118,7 +119,8 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         for name in names:
             replace_folder(out / name, partial / name, partial / f"{name}.old")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if all((out / name).exists() or not (partial / f"{name}.old").exists() for name in names):
+            shutil.rmtree(partial, ignore_errors=True)
     return names
 
 

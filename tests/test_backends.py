@@ -64,7 +64,7 @@ def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) 
         onnxruntime_cuda.check_packages("CUDAExecutionProvider")
     assert str(info.value) == (
         "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed and overwrite each other; "
-        "mend it with: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[gpu]'"
+        "mend it with: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[cuda]'"
     )
 
 

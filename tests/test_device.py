@@ -88,6 +88,16 @@ def test_a_stream_holds_no_slot_between_its_batches(pipe: Pipeline, host: Pipeli
         assert (host.encode(pictures) == pipe.encode(pictures)).all()
 
 
+def test_what_was_closed_is_not_used_again(pipe: Pipeline) -> None:
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest)) as pipeline:
+        batches = pipeline.stream([1, 2], seed=0, batch_size=1)
+        next(batches)
+    with pytest.raises(BackendError, match="the pipeline was closed"):
+        next(batches)
+    with pytest.raises(BackendError, match="the pipeline was closed"):
+        pipeline.generate([1])
+
+
 def test_old_records_make_room_for_new_ones(pipe: Pipeline, host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("enat.runtime.backends.device_lane.RECORDS", 2)
     for steps in (2, 3, 4, 2, 3, 4, 4, 4):

@@ -318,7 +318,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    with pytest.warns(RuntimeWarning, match="ENAT_CACHE is not set; graphs are compiled at every start"):
+    with pytest.warns(RuntimeWarning, match="home directory, and ENAT_CACHE is not set; graphs are compiled at every start"):
         Pipeline.load(backend="openvino").close()
 
 

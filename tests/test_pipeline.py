@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -114,12 +115,15 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
     ]  # fmt: skip
     for classes, seed in numbers:
         assert np.array_equal(pipe.generate_tokens(classes, seed=seed), wanted)
-    for one in (3, "3", range(3, 4), np.int16(3)):
+    for one in (3, "3", range(3, 4), np.int16(3), np.array(3)):
         assert np.array_equal(pipe.generate_tokens(one, seed=5), wanted[:1])
     for arguments, message in (
         ({"classes": [7.9]}, "expected a class by its number or name, got 7.9"),
         ({"classes": [1], "seed": 1.5}, "expected a seed that is a whole number, got 1.5"),
         ({"classes": [1], "seed": [None]}, "expected a seed that is a whole number, got None"),
+        ({"classes": [1], "num": 2.0}, "expected a whole number of images, got 2.0"),
+        ({"classes": [1], "batch_size": "2"}, "expected a whole number as batch size, got '2'"),
+        ({"classes": [1], "seed": itertools.count(5)}, "expected one seed for each of 1 images, got 2"),
         ({"classes": "all"}, "unknown class 'all'"),
         ({"classes": [1], "steps": "8"}, "expected 1 to 64 steps, got '8'"),
         ({"classes": [1], "guidance": "a"}, "expected a guidance of 0 or more, got 'a'"),
@@ -127,7 +131,7 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             pipe.generate_tokens(**arguments)  # type: ignore[arg-type]
-    assert np.array_equal(pipe.generate_tokens(["0" * 5000 + "3"], seed=5), wanted[:1])
+    assert np.array_equal(pipe.generate_tokens(["0" * 5000 + "3"], seed=np.array(5)), wanted[:1])
 
 
 def test_no_pictures_at_all(pipe: Pipeline) -> None:

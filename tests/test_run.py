@@ -25,7 +25,8 @@ import enat
 from enat import Pipeline
 from enat.runtime.cli import main
 from enat.runtime.outputs import request_for
-from enat.runtime.pictures import read_metadata, save_image
+from enat.runtime.pictures import read_metadata, save_gif, save_image
+from enat.runtime.pipeline import BUNDLED_ENGINE
 
 Run = Callable[..., Result]
 
@@ -249,9 +250,15 @@ def test_any_record_is_replayed_or_refused(run: Run, data: st.DataObject) -> Non
     metadata = read_metadata(Path("a.png"))
     put_anything_anywhere(metadata, data, st.integers() | st.floats())
     save_image(Image.new("RGB", (1, 1)), Path("b.png"), metadata)
-    result = run("--replay", "b.png", "--out", "again.png")
-    if result.exit_code:
-        refused(result)
+    for engine in (None, BUNDLED_ENGINE):
+        result = run("--replay", "b.png", "--out", "again.png", *(["--force"] if engine else []), engine=engine)
+        if result.exit_code:
+            refused(result)
+
+
+def test_classes_that_another_engine_does_not_have(run: Run) -> None:
+    assert run("--class", "R", "--seed", 1, "--out", "a.png", engine=BUNDLED_ENGINE).exit_code == 0
+    refused(run("--replay", "a.png", "--out", "b.png", "--force"), "expected a class of 0 to 9, got 17")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "", "{}", "\ud800", '{"images": [], "settings": {}}'])
@@ -285,6 +292,17 @@ def test_endings_in_capitals(run: Run, name: str) -> None:
     assert Path(f"b{Path(name).suffix}").read_bytes() == Path(name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["large.jpg", "large.gif"])
+def test_large_sheets_of_other_formats_are_replayed(run: Run, name: str) -> None:
+    assert run("--class", 3, "--seed", 1, "--out", "a.png").exit_code == 0
+    metadata, large = read_metadata(Path("a.png")), Image.new("RGB", (16000, 12000))
+    save_gif([large.quantize(2)], Path(name), metadata) if name.endswith("gif") else save_image(large, Path(name), metadata)
+    assert run("--replay", name, "--out", "b.png").exit_code == 0
+    assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+    Path(name).rename("renamed.png")  # what a file is, it says itself
+    assert read_metadata(Path("renamed.png")) == metadata
+
+
 def test_a_sheet_of_very_many_pixels_is_replayed(run: Run) -> None:
     """Pillow refuses to open pictures that large."""
     assert run("--class", 3, "--seed", 1, "--out", "a.png").exit_code == 0
@@ -309,7 +327,9 @@ def test_what_does_not_fit_into_a_format(run: Run) -> None:
     [
         (["--class", "all", "--num", 10**24, "--out", "x"], "pictures are too many for one run; expected at most 1000000"),
         (["--class", 1, "--num", 0, "--out", "x"], "expected 1 or more pictures a class, got 0"),
-        (["--class", 1, "--format", "webp", "--out", "x.png"], "x.png: --format goes with a folder"),
+        (["--class", 1, "--format", "webp", "--out", "x.png"], "x.png: --format goes with a folder of pictures"),
+        (["--class", 1, "--format", "webp", "--gif", "--out", "x"], "x: --format goes with a folder of pictures"),
+        (["--class", 1, "--out", "x.mp4"], "x.mp4: expected a folder, or a file that ends in .png"),
         (["--class", 1, "--out", "there.png"], "there.png: is a folder; expected a file to write"),
         (["--class", 1, "--out", "x.txt"], "x.txt: expected a folder, or a file that ends in .png"),
         (["--class", 1, "--guidance", "nan", "--out", "x.png"], "expected a guidance of 0 or more, got nan"),
@@ -333,7 +353,16 @@ def test_a_folder_of_very_many_pictures(engines: Callable[[str], Path]) -> None:
 
 def test_a_folder_goes_on_in_its_own_format(run: Run) -> None:
     assert run("--class", 1, "--seed", 1, "--out", "folder").exit_code == 0
-    refused(run("--class", 1, "--seed", 1, "--out", "folder", "--resume", "--format", "webp"), "other format")
+    again = ("--class", 1, "--seed", 1, "--out", "folder", "--resume")
+    refused(run(*again, "--format", "webp"), "has the format 'png', not 'webp'")
+    assert run("--class", 1, "--seed", 1, "--out", "other", "--format", "webp").exit_code == 0
+    (file,) = Path("other").glob("*.webp")
+    file.unlink()
+    assert run("--class", 1, "--seed", 1, "--out", "other", "--resume").exit_code == 0 and file.exists()
+    record = json.loads(Path("folder/run.json").read_text())
+    del record["format"]  # as earlier versions wrote it
+    Path("folder/run.json").write_text(json.dumps(record))
+    assert run(*again).exit_code == 0
 
 
 def test_the_root_is_no_place_for_pictures(run: Run) -> None:

@@ -157,6 +157,22 @@ def test_force_replaces_models_and_nothing_else(tmp_path: Path, monkeypatch: pyt
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "models"
+    assert write(models).exit_code == 0
+    (models / "enat" / "mark").write_text("old")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == models / "enat":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert write(models, "--force").exit_code == 1
+    assert [path.read_text() for path in tmp_path.rglob("mark")] == ["old"]
+
+
 def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "models")
     (tmp_path / "models").mkdir()

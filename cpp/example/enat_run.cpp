@@ -1,5 +1,7 @@
 // enat-run-cpp: pictures from an engine, in a process that needs no Python.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -148,7 +150,7 @@ void list_classes(const enat::Pipeline& pipeline) {
 class PartialFile {
 public:
     explicit PartialFile(const std::filesystem::path& target) : target_(target), partial_(target) {
-        partial_.replace_filename("." + target.filename().string() + ".partial");
+        partial_.replace_filename("." + target.filename().string() + "." + std::to_string(getpid()) + ".partial");
         if (std::filesystem::is_directory(target)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
         if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written");
     }

@@ -9,8 +9,8 @@
 
 namespace enat {
 
-/// Settings for the session of one of an engine's graphs. Throws InputError for options out of their range, BackendError where this build of
-/// ONNX Runtime does not have the execution provider or cannot start it.
+/// Settings for the session of one of an engine's graphs. Throws InputError for options out of their range, BackendError where this build
+/// of ONNX Runtime does not have the execution provider or cannot start it.
 Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph);
 
 }  // namespace enat

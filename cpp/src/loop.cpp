@@ -103,7 +103,8 @@ Images decode(const Graphs& graphs, const Model& model, const std::vector<std::i
         const Ort::Value token_tensor = tensor({at_once, length}, own), positions = all_positions(at_once, length);
         const std::vector<Ort::Value> outputs = graphs.run(Graph::image_decoder, {&token_tensor, &positions});
         const bool known = images.height > 0;
-        const auto height = known ? static_cast<std::int64_t>(images.height) : -1, width = known ? static_cast<std::int64_t>(images.width) : -1;
+        const std::int64_t height = known ? static_cast<std::int64_t>(images.height) : -1;
+        const std::int64_t width = known ? static_cast<std::int64_t>(images.width) : -1;
         const auto* pixels = graphs.values<std::uint8_t>(Graph::image_decoder, 0, outputs[0], {at_once, height, width, 3});
         const Shape shape = outputs[0].GetTensorTypeAndShapeInfo().GetShape();
         images.height = static_cast<std::size_t>(shape[1]);

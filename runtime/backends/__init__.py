@@ -29,9 +29,10 @@ BACKENDS = {
     "onnxruntime-tensorrt": {"cuda": ("onnxruntime_cuda", "OnnxRuntimeTensorRTBackend")},
     "tensorrt": {"cuda": ("tensorrt", "TensorRTBackend")},
 }
-AUTO = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}  # the fastest first
+AUTO = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}  # in the order of trying
 WIDE = 384  # on a CPU; in narrower networks OpenVINO's work between the products outweighs what it gains in them
-EXTRAS = {"cpu": "cpu", "cuda": "gpu", "openvino": "openvino"}  # what to install for a kind of device, or for one backend
+# What to install for a kind of device, or for one backend.
+EXTRAS = {"cpu": "cpu", "cuda": "cuda", "openvino": "openvino", "tensorrt": "gpu", "onnxruntime-tensorrt": "gpu"}
 
 
 class Lane(Protocol):
@@ -81,9 +82,9 @@ class Backend(Protocol):
 def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: int | None = None, slots: int = 1) -> Backend:
     """Loads an engine's graphs into a backend.
 
-    name: one of BACKENDS, or "auto" for the fastest that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU, all
-    that the process may use by default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it does
-    not know, BackendError where the backend is not installed or cannot load the graphs.
+    name: one of BACKENDS, or "auto" for the first of AUTO that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU,
+    all that the process may use by default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it
+    does not know, BackendError where the backend is not installed or cannot load the graphs.
     """
     kind = device.split(":")[0]
     if kind not in AUTO:
@@ -100,7 +101,7 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     if name != "auto":
         return load_backend(name, kind, manifest, device, threads, slots)
     reasons: list[str] = []
-    for candidate in fastest_first(kind, manifest.model.dim):
+    for candidate in in_order(kind, manifest.model.dim):
         try:
             return load_backend(candidate, kind, manifest, device, threads, slots)
         except (BackendError, EngineError) as error:
@@ -108,8 +109,8 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     raise BackendError("; ".join(dict.fromkeys(reasons)))
 
 
-def fastest_first(kind: str, dim: int) -> Sequence[str]:
-    """The backends for a kind of device, for a network of a width. enat-bench measures which is faster on a machine."""
+def in_order(kind: str, dim: int) -> Sequence[str]:
+    """The backends to try for a kind of device, for a network of a width. enat-bench measures which is faster on a machine."""
     return AUTO[kind][::-1] if kind == "cpu" and dim < WIDE else AUTO[kind]
 
 

@@ -112,7 +112,6 @@ class CudaDevice:
         return lambda: call(cudart.cudaGraphLaunch, executable.handle, self.stream)
 
     def close(self) -> None:
-        self.enter()
         self.synchronize()
         call(cudart.cudaStreamDestroy, self.stream)
         for address in self.pages:

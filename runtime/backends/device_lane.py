@@ -224,11 +224,14 @@ class Lanes:
         for _ in range(count):
             self.places.put(None)
         self.made: list[DeviceLane] = []
+        self.closed = False
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[DeviceLane]:
         lane = self.places.get()
         try:
+            if self.closed:
+                raise BackendError("the pipeline was closed")
             if lane is None:
                 lane = self.make()
                 self.made.append(lane)
@@ -238,6 +241,7 @@ class Lanes:
             self.places.put(lane)
 
     def close(self) -> None:
+        self.closed = True
         for lane in self.made:
             lane.close()
         self.made.clear()

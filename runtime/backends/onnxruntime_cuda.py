@@ -19,7 +19,7 @@ from .device_lane import DeviceLane, Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[gpu]'"
+MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[cuda]'"
 TENSORRT_MAJOR = 10  # whose libnvinfer.so ONNX Runtime's TensorRT provider is linked with
 
 

@@ -116,7 +116,9 @@ def writable_folder(manifest: Manifest) -> Path | None:
     try:
         root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "enat")
     except RuntimeError as error:  # neither HOME nor a name for this user, as in containers
-        warnings.warn(f"{error}: {VARIABLE} is not set; graphs are compiled at every start", RuntimeWarning, stacklevel=5)
+        warnings.warn(
+            f"{str(error).rstrip('.')}, and {VARIABLE} is not set; graphs are compiled at every start", RuntimeWarning, stacklevel=5
+        )
         return None
     folder = root / "openvino" / manifest.hash[:16]
     try:

@@ -210,5 +210,6 @@ class TensorRTLane(DeviceLane):
         if free:
             self.device.synchronize()  # contexts must outlive what they launched
             self.contexts.clear()
-            self.scratch = None
+            if not self.running:  # whose contexts hold it
+                self.scratch = None
         return free
