@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin
 
 from ..errors import InputError
 from .files import WholeFile
@@ -23,11 +23,11 @@ IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 METADATA_KEY = "enat"
 EXIF_DESCRIPTION = 0x010E
 LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # pixels each way
+MOST_WEBP = 178_000_000  # pixels; Pillow opens no WebP that is larger
 LONGEST_EXIF = 65_000  # bytes of JSON; a JPEG's Exif segment holds 65,533 with what is around it
 OPENERS: dict[bytes, Callable[[Path], Image.Image]] = {  # by how files begin
     rb"\x89PNG": PngImagePlugin.PngImageFile,
     rb"\xff\xd8": JpegImagePlugin.JpegImageFile,
-    rb"RIFF....WEBP": WebPImagePlugin.WebPImageFile,
     rb"GIF8": GifImagePlugin.GifImageFile,
 }
 GAP = 2  # pixels between the pictures of a sheet
@@ -60,6 +60,8 @@ def check_fits(path: Path, size: tuple[int, int], metadata: dict[str, Any]) -> N
     most = LARGEST.get(suffix)
     if most and max(size) > most:
         raise InputError(f"{path}: {size[0]}×{size[1]} pixels; {suffix} holds at most {most} each way, .png more")
+    if suffix == ".webp" and size[0] * size[1] > MOST_WEBP:
+        raise InputError(f"{path}: {size[0]}×{size[1]} pixels are too many for {suffix}; expected .png")
     if suffix in (".jpg", ".jpeg") and len(json.dumps(metadata)) > LONGEST_EXIF:
         raise InputError(f"{path}: what made {len(metadata['images'])} pictures does not fit into {suffix}; expected .png or .webp")
 
@@ -158,7 +160,7 @@ def metadata_text(path: Path) -> str | None:
         return metadata_file(path).read_text("utf-8")
     with path.open("rb") as file:
         start = file.read(12)
-    # Image.open refuses pictures of very many pixels, and large sheets are some; here no pixel is read.
+    # Image.open refuses pictures of very many pixels, which large sheets may have; here no pixel is read.
     opener = next((opener for pattern, opener in OPENERS.items() if re.match(pattern, start, re.DOTALL)), Image.open)
     with opener(path) as image:
         if image.format == "PNG":
