@@ -26,7 +26,7 @@ def class_index(model: ModelInfo, wanted: SupportsIndex | str) -> int:
             raise InputError(f"class {wanted!r} is ambiguous: numbers {', '.join(map(str, found))} are called so; give the number")
         digits = wanted.removeprefix("#")
         if not is_number(digits):
-            raise InputError(f"unknown class {wanted!r:.100}{suggestion(model, wanted)}")
+            raise InputError(unknown(model, wanted))
         digits = digits.lstrip("0") or "0"
         if len(digits) > MOST_DIGITS:
             raise InputError(f"expected a class of 0 to {model.num_classes - 1}, got {digits[:MOST_DIGITS]}…")
@@ -48,6 +48,10 @@ def whole(value: SupportsIndex, what: str) -> int:
 def by_name(model: ModelInfo, wanted: str) -> list[int]:
     names = [name.casefold() for name in model.class_names or ()]
     return [i for i, name in enumerate(names) if name == wanted.strip().casefold()]
+
+
+def unknown(model: ModelInfo, wanted: str) -> str:
+    return f"unknown class {wanted!r:.100}{suggestion(model, wanted)}"
 
 
 def suggestion(model: ModelInfo, wanted: str) -> str:
@@ -77,7 +81,7 @@ def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
             result += range(start, end + 1)
         else:
             if not is_class(model, word) and model.class_names:
-                raise InputError(f"unknown class {word!r:.100}{suggestion(model, word)}; --list-classes shows them all")
+                raise InputError(f"{unknown(model, word)}; --list-classes shows them all")
             result.append(class_index(model, word))
     return result
 

@@ -110,7 +110,7 @@ def main(
             columns = columns or theirs
         else:
             if resume and seed is None:
-                seed = request_of(read_record(out)).seeds[0]
+                seed = request_of(earlier or read_record(out)).seeds[0]
             request = make_request(pipeline, classes, 1 if num is None else num, seed, settings)
         pipeline.schedule(**request.settings)
         ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or earlier_format(earlier)}"

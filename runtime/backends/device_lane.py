@@ -165,16 +165,13 @@ class DeviceLane(ABC):
         try:
             with self.running_for(record):
                 record.launch = self.device.record(launch)
-        except BackendError as error:
-            if isinstance(error, DeviceMemoryError):
+        except BaseException as error:
+            if isinstance(error, DeviceMemoryError) or not isinstance(error, BackendError):
                 del self.kept[key]
                 raise
             record.recordable, record.outputs = False, ()
             record.executions.clear()
             warnings.warn(f"not recorded as one launch, its graphs are launched one by one: {error}", RuntimeWarning, stacklevel=2)
-        except BaseException:
-            del self.kept[key]
-            raise
         finally:
             self.recording = False
 
