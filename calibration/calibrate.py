@@ -23,7 +23,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
 from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
-from .sensitivity import SwitchedBackend, harms, keep_float
+from .sensitivity import SwitchedLane, harms, keep_float
 from .smooth import ALPHA, Factors, factors, smooth
 from .statistics import METHODS, Statistic
 from .tapped import watch_runs
@@ -148,11 +148,11 @@ def sensitivity(
 ) -> dict[str, float]:
     """The harm of every group, on a few of the trajectories."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        backend = SwitchedBackend(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
+        lane = SwitchedLane(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
         chosen = trajectories[:SENSITIVITY_BATCHES]
         with progress_bar(len(groups) * len(chosen), "measurement", progress) as bar:
-            result = harms(backend, manifest, chosen, bar.update)
-        backend.close()
+            result = harms(lane, manifest, chosen, bar.update)
+        lane.close()
     return result
 
 

@@ -14,7 +14,7 @@ from ..runtime.backends import Tensor
 from ..runtime.manifest import Manifest
 from .products import NETWORK, Graphs, Group
 from .quantize import Ranges, describe, quantize
-from .tapped import TappedBackend
+from .tapped import TappedLane
 from .trajectory import Trajectory, divergence, guided, replayed_logits
 
 LEAST_SHARE = 0.9  # of the multiply-adds that are int8
@@ -23,7 +23,7 @@ NOTABLE = 0.1  # of the harm that all groups do, each alone: what does less is i
 PICTURE_ERROR = 255**2 / 10**3.5  # squared grey levels: 35 dB, below which pictures do not stay as they are
 
 
-class SwitchedBackend(TappedBackend):
+class SwitchedLane(TappedLane):
     """Graphs in which every group is quantized or not, as `on` says: one set of weights in memory for all measurements."""
 
     def __init__(self, manifest: Manifest, graphs: Graphs, groups: Sequence[Group], ranges: Ranges, weight_bits: int, folder: Path) -> None:
@@ -64,41 +64,41 @@ def switched(graph: ir.Graph, group: Group, quantized: ir.Value, value: ir.Value
 
 
 def harms(
-    backend: SwitchedBackend, manifest: Manifest, trajectories: Sequence[Trajectory], advance: Callable[[], object] = lambda: None
+    lane: SwitchedLane, manifest: Manifest, trajectories: Sequence[Trajectory], advance: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
     """The harm of every group alone, by its name.
 
     In the network: mean Kullback-Leibler divergence of the guided logits over the masked positions of STEPS steps, in nats, each on the
     inputs that float32 gives; in the image decoder: mean squared error of the pictures, in squared grey levels.
     """
-    totals = dict.fromkeys((group.name for group in backend.groups), 0.0)
+    totals = dict.fromkeys((group.name for group in lane.groups), 0.0)
     for one in trajectories:
-        backend.on(None)
+        lane.on(None)
         calls: dict[str, list[Mapping[str, Tensor]]] = {}
-        backend.calls = calls
-        reference = replayed_logits(backend, manifest, one)
+        lane.calls = calls
+        reference = replayed_logits(lane, manifest, one)
         drawn = {"tokens": one.tokens, "positions": one.positions}
-        pictures = backend.run("image_decoder", drawn)[0].astype(np.float32) if manifest.has("image_decoder.onnx") else None
-        backend.calls = None
+        pictures = lane.run("image_decoder", drawn)[0].astype(np.float32) if manifest.has("image_decoder.onnx") else None
+        lane.calls = None
         last = len(one.steps) - 1
         chosen = sorted({round(i) for i in np.linspace(min(1, last), last, STEPS)})
         positions = sum(one.steps[i].masked for i in chosen) * len(one.labels)
-        for group in backend.groups:
-            backend.on(group)
+        for group in lane.groups:
+            lane.on(group)
             if group.graph == "image_decoder":
-                (found,) = backend.run("image_decoder", drawn)
+                (found,) = lane.run("image_decoder", drawn)
                 harm = float(((found - pictures) ** 2).mean())
             else:
                 harm = 0.0
                 for i in chosen:
                     inputs = dict(calls["decoder"][i])
                     if group.graph == "encoder":
-                        (inputs["features"],) = backend.run("encoder", calls["encoder"][i - 1])
-                    (logits,) = backend.run("decoder", inputs)
+                        (inputs["features"],) = lane.run("encoder", calls["encoder"][i - 1])
+                    (logits,) = lane.run("decoder", inputs)
                     harm += float(divergence(guided(logits, one.steps[i], len(one.labels)), reference[i]).sum()) / positions
             totals[group.name] += harm / len(trajectories)
             advance()
-        backend.on(None)
+        lane.on(None)
     return totals
 
 

@@ -1,4 +1,4 @@
-"""A backend that runs changed graphs in place of an engine's own, and sees values inside them."""
+"""A lane that runs changed graphs in place of an engine's own, and sees values inside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..graph_file import save
-from ..runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from ..runtime.backends.onnxruntime_cpu import OnnxRuntimeLane, session_options
+from ..runtime.backends.sessions import CPU, Sessions
 from ..runtime.manifest import Manifest
 from ..runtime.progress import progress_bar
 from .products import Graphs
@@ -23,7 +24,7 @@ Watch = Callable[[str, str, Array], None]  # (graph, value name, value)
 PICTURES = 32  # they are alike inside the image decoder: a few tell enough
 
 
-class TappedBackend(OnnxRuntimeBackend):
+class TappedLane(OnnxRuntimeLane):
     """ONNX Runtime on graphs that are written to `folder`: `watch` gets every value named in `taps`, graph by graph.
 
     Graphs that are not given are the engine's own. extra_inputs: what changed graphs ask for beyond the contract, by name.
@@ -37,17 +38,20 @@ class TappedBackend(OnnxRuntimeBackend):
         taps: Mapping[str, Sequence[str]] | None = None,
         watch: Watch = lambda graph, name, value: None,
     ) -> None:
-        super().__init__(manifest, "cpu", None)
-        self.folder = folder
-        self.replaced = set(graphs)
+        replaced = set(graphs)
+
+        def path(graph: str) -> Path:
+            return folder / f"{graph}.onnx" if graph in replaced else manifest.path(f"{graph}.onnx")
+
+        super().__init__(Sessions(path, session_options(manifest), lambda graph: CPU))
         self.taps = dict(taps or {})
         self.watch = watch
         self.extra_inputs: dict[str, dict[str, Array]] = {}
         for name, model in graphs.items():
             save_with_outputs(model, folder / f"{name}.onnx", self.taps.get(name, ()))
 
-    def path(self, graph: str) -> Path:
-        return self.folder / f"{graph}.onnx" if graph in self.replaced else super().path(graph)
+    def close(self) -> None:
+        self.sessions.close()
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         outputs = super().run_once(graph, {**inputs, **self.extra_inputs.get(graph, {})})
@@ -74,14 +78,14 @@ def watch_runs(
     pictures = PICTURES if "image_decoder" in taps else 0
     total = sum(len(one.labels) for one in trajectories)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, progress_bar(total, "image", progress) as bar:
-        backend = TappedBackend(manifest, graphs, Path(folder), taps, watch)
+        lane = TappedLane(manifest, graphs, Path(folder), taps, watch)
         for one in trajectories:
-            replay(backend, manifest, one)
+            replay(lane, manifest, one)
             if pictures > 0:
-                backend.run("image_decoder", {"tokens": one.tokens[:pictures], "positions": one.positions[:pictures]})
+                lane.run("image_decoder", {"tokens": one.tokens[:pictures], "positions": one.positions[:pictures]})
                 pictures -= len(one.labels)
             bar.update(len(one.labels))
-        backend.close()
+        lane.close()
 
 
 def save_with_outputs(model: ir.Model, path: Path, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..calibration.products import NETWORK, Product, find_products, load_graphs
-from ..calibration.tapped import TappedBackend
+from ..calibration.tapped import TappedLane
 from ..calibration.trajectory import record, replay, spread_labels
 from ..runtime.pipeline import Pipeline
 
@@ -30,15 +30,15 @@ def layer_errors(engine: Pipeline, reference: Pipeline, seed: int = 0, classes: 
     layers = [name for name in wanted if name in found]
     sums = {name: np.zeros(2) for name in layers}
     with tempfile.TemporaryDirectory() as folder:
-        backends = []
+        lanes = []
         for number, (pipeline, products) in enumerate(((reference, wanted), (engine, found))):
             copies = Path(folder) / str(number)
             copies.mkdir()
-            backends.append(tapped(pipeline, [products[name] for name in layers], copies))
+            lanes.append(tapped(pipeline, [products[name] for name in layers], copies))
         for trajectory in trajectories:
             outputs = []
-            for (backend, seen), pipeline in zip(backends, (reference, engine), strict=True):
-                replay(backend, pipeline.manifest, trajectory)
+            for (lane, seen), pipeline in zip(lanes, (reference, engine), strict=True):
+                replay(lane, pipeline.manifest, trajectory)
                 outputs.append(dict(seen))
                 seen.clear()
             for name in layers:
@@ -60,12 +60,12 @@ def place(product: Product) -> tuple[str, str]:
     return product.graph, product.output
 
 
-def tapped(pipeline: Pipeline, products: Sequence[Product], folder: Path) -> tuple[TappedBackend, Seen]:
-    """A backend that keeps the outputs of these products, in the order in which they come."""
+def tapped(pipeline: Pipeline, products: Sequence[Product], folder: Path) -> tuple[TappedLane, Seen]:
+    """A lane that keeps the outputs of these products, in the order in which they come."""
     seen: Seen = {}
 
     def watch(graph: str, name: str, value: NDArray[Any]) -> None:
         seen.setdefault((graph, name), []).append(value.astype(np.float32))
 
     taps = {graph: [product.output for product in products if product.graph == graph] for graph in NETWORK}
-    return TappedBackend(pipeline.manifest, load_graphs(pipeline.manifest, NETWORK), folder, taps, watch), seen
+    return TappedLane(pipeline.manifest, load_graphs(pipeline.manifest, NETWORK), folder, taps, watch), seen

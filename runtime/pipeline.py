@@ -54,7 +54,7 @@ class Preview:
 
 
 # Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning True stops the run. It must
-# not ask the pipeline for other pictures: on a GPU the run holds a slot meanwhile, which they might wait for.
+# not ask the pipeline for other pictures (InputError): the run holds a slot meanwhile, which they might wait for.
 Callback = Callable[[int, int, Preview], bool | None]
 
 
@@ -93,7 +93,8 @@ class Pipeline:
 
         device: cpu, or cuda:0 for the first GPU. threads: on the CPU; by default as many as the process may use, which in a container
         are fewer than the machine has. verify: hash files over 64 MiB too.
-        slots: batches in flight at once on a GPU, each with memory of its own; further threads wait for one.
+        slots: batches in flight at once, each with memory of its own; further threads wait in turn. On a CPU one batch keeps all cores
+        busy, and more at once are slower where the network is wide.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
         """
         manifest = read_manifest(BUNDLED_ENGINE if engine is None else Path(engine), verify)

@@ -15,7 +15,8 @@ import onnxruntime as ort
 
 from enat.runtime.backends import Array
 from enat.runtime.backends.device import ALIGNMENT, DeviceMemoryError, DeviceTensor
-from enat.runtime.backends.device_lane import DeviceLane, Lanes
+from enat.runtime.backends.device_lane import DeviceLane
+from enat.runtime.backends.lanes import Lanes
 from enat.runtime.backends.onnxruntime_cuda import OrtLane
 from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.manifest import Manifest

@@ -18,15 +18,16 @@ from enat import Pipeline
 from enat.calibration.calibrate import Settings, calibrate, load_calibration, named_groups, quantized_graphs, save_calibration
 from enat.calibration.products import Graphs, Group, Product, find_groups, find_products, int8_share, load_graphs, multiply_adds
 from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, quantize, quantize_channels, quantize_columns, quantize_tables
-from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedBackend, harms, keep_float
+from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedLane, harms, keep_float
 from enat.calibration.smooth import factors, smooth
 from enat.calibration.statistics import BINS, Statistic, entropy, min_max, percentile
-from enat.calibration.tapped import TappedBackend
+from enat.calibration.tapped import TappedLane
 from enat.calibration.trajectory import Trajectory, divergence, record, replay, replayed_logits, spread_labels
 from enat.errors import ExportError, InputError
 from enat.export.convert import Precision, convert_engine
 from enat.export.directory import write_manifest
 from enat.export.layers import layer_errors
+from enat.runtime.backends.onnxruntime_cpu import OnnxRuntimeLane
 from enat.runtime.manifest import FILE
 
 SEED = 7
@@ -149,7 +150,12 @@ def trajectories(pipe: Pipeline) -> list[Trajectory]:
 
 def network_logits(pipe: Pipeline, graphs: Graphs, trajectory: Trajectory, folder: Path) -> list[np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
-    return replayed_logits(TappedBackend(pipe.manifest, graphs, folder), pipe.manifest, trajectory)
+    return replayed_logits(TappedLane(pipe.manifest, graphs, folder), pipe.manifest, trajectory)
+
+
+def own_logits(pipe: Pipeline, trajectory: Trajectory) -> list[np.ndarray]:
+    with pipe.backend.lease() as lane:
+        return replayed_logits(lane, pipe.manifest, trajectory)
 
 
 def test_every_product_of_the_network_is_found(pipe: Pipeline, groups: list[Group]) -> None:
@@ -162,10 +168,10 @@ def test_every_product_of_the_network_is_found(pipe: Pipeline, groups: list[Grou
 def test_a_replay_gives_what_the_loop_saw(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same logits at the same positions, step by step."""
     seen: list[np.ndarray] = []
-    run = pipe.backend.run
+    run = OnnxRuntimeLane.run
 
-    def listening(graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
-        outputs = run(graph, inputs)
+    def listening(lane: OnnxRuntimeLane, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        outputs = run(lane, graph, inputs)
         if graph == "decoder":
             positions = np.resize(inputs["positions"], outputs[0].shape[:2])
             raster = np.zeros((len(positions), pipe.manifest.model.length, outputs[0].shape[2]), np.float32)
@@ -173,10 +179,11 @@ def test_a_replay_gives_what_the_loop_saw(pipe: Pipeline, monkeypatch: pytest.Mo
             seen.append(raster)
         return outputs
 
-    monkeypatch.setattr(pipe.backend, "run", listening)
+    monkeypatch.setattr(OnnxRuntimeLane, "run", listening)
     (one,) = record(pipe, [1, 2], SEED, batch_size=2)
     drawn = len(seen)
-    replay(pipe.backend, pipe.manifest, one)
+    with pipe.backend.lease() as lane:
+        replay(lane, pipe.manifest, one)
     assert drawn == len(one.steps) == len(seen) - drawn
     for found, expected in zip(seen[drawn:], seen[:drawn], strict=True):
         assert np.abs(found - expected).max() < 1e-5
@@ -201,9 +208,9 @@ def test_multiply_adds(pipe: Pipeline, graphs: Graphs, groups: list[Group], traj
         seen[graph, name] += value.size // value.shape[axis]
 
     taps = {graph: [group.input for group in groups if group.graph == graph] for graph in ("encoder", "decoder", "image_decoder")}
-    backend = TappedBackend(pipe.manifest, graphs, tmp_path, taps, watch)
-    replay(backend, pipe.manifest, one)
-    backend.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
+    lane = TappedLane(pipe.manifest, graphs, tmp_path, taps, watch)
+    replay(lane, pipe.manifest, one)
+    lane.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
     for group in groups:
         for product in group.products:
             assert multiply_adds(product, one.steps) * len(one.labels) == seen[group.graph, group.input] * product.weights, product
@@ -292,9 +299,11 @@ def test_the_original_stays_as_it_was(pipe: Pipeline, graphs: Graphs, groups: li
 
 
 def test_modulation_tables_in_8_bits(pipe: Pipeline, graphs: Graphs, tmp_path: Path) -> None:
-    backend = TappedBackend(pipe.manifest, {"condition": quantize_tables(graphs["condition"])}, tmp_path)
+    lane = TappedLane(pipe.manifest, {"condition": quantize_tables(graphs["condition"])}, tmp_path)
     labels = {"labels": np.arange(pipe.manifest.model.num_classes + 1)}
-    for found, expected in zip(backend.run("condition", labels), pipe.backend.run("condition", labels), strict=True):
+    with pipe.backend.lease() as own:
+        both = zip(lane.run("condition", labels), own.run("condition", labels), strict=True)
+    for found, expected in both:
         assert found.shape == expected.shape and found.dtype == expected.dtype
         step = (expected.max(0) - expected.min(0)) / (2 * INPUT_LIMIT)
         assert (np.abs(found - expected) <= 0.51 * step + 1e-6).all()
@@ -304,18 +313,16 @@ def test_switches(pipe: Pipeline, graphs: Graphs, groups: list[Group], trajector
     """All off, a switched graph computes what the float one does; one on, what a graph does in which that group alone is quantized."""
     one, ranges = trajectories[0], ranges_of(groups)
     (tmp_path / "switched").mkdir()
-    backend = SwitchedBackend(pipe.manifest, graphs, groups, ranges, 8, tmp_path / "switched")
-    for found, expected in zip(
-        replayed_logits(backend, pipe.manifest, one), replayed_logits(pipe.backend, pipe.manifest, one), strict=True
-    ):
+    lane = SwitchedLane(pipe.manifest, graphs, groups, ranges, 8, tmp_path / "switched")
+    for found, expected in zip(replayed_logits(lane, pipe.manifest, one), own_logits(pipe, one), strict=True):
         assert np.abs(found - expected).max() < 1e-5
     for group in (groups[0], next(group for group in groups if group.name == "mlm_layer.words")):
-        backend.on(group)
+        lane.on(group)
         alone = network_logits(pipe, quantize(graphs, [group], ranges), one, tmp_path / group.graph)
-        for found, expected in zip(replayed_logits(backend, pipe.manifest, one), alone, strict=True):
+        for found, expected in zip(replayed_logits(lane, pipe.manifest, one), alone, strict=True):
             # Kernels round differently, which may turn a level of another input: a few logits may be a level apart.
             assert np.abs(found - expected).mean() < 1e-3 * np.abs(expected).mean()
-    harm = harms(backend, pipe.manifest, trajectories[:1])
+    harm = harms(lane, pipe.manifest, trajectories[:1])
     assert set(harm) == {group.name for group in groups}
     assert all(value > 0 for name, value in harm.items() if not name.startswith("prev_proj"))
 
@@ -384,7 +391,7 @@ def test_layers_that_no_run_reaches_stay_in_float(engine_copy: Path, tmp_path: P
         assert {product.quantized for product in products if product.graph == "encoder"} == {False}
         assert any(product.quantized for product in products if product.graph == "decoder")
         (one,) = record(reference, [1, 2], SEED, 2, reference.schedule(steps=4))
-        both = (replayed_logits(pipe.backend, pipe.manifest, one) for pipe in (engine, reference))
+        both = (own_logits(pipe, one) for pipe in (engine, reference))
         assert max(divergence(found, expected).mean() for found, expected in zip(*both, strict=True)) < 0.01
         assert layer_errors(engine, reference).keys() <= {product.name for product in products if product.graph == "decoder"}
 

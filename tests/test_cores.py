@@ -80,7 +80,7 @@ def test_a_pipeline_starts_no_more_threads(backend: str) -> None:
         if {backend!r} == "openvino":
             print(pipe.backend.loading["encoder"].result().model.get_property("INFERENCE_NUM_THREADS"))
         else:
-            print(pipe.backend.options.intra_op_num_threads)
+            print(pipe.backend.sessions.options.intra_op_num_threads)
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "1\n", result.stderr

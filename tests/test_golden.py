@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import Golden
 
 from enat.benchmarks.reference import run_network
 from enat.models.checkpoint import load_network, load_tokenizer
-from enat.runtime.backends import open_backend
+from enat.runtime.backends import Lane, open_backend
 from enat.runtime.manifest import read_manifest
 from enat.runtime.schedule import Step, schedule
 
@@ -93,28 +94,33 @@ def test_tokenizer(golden: Golden) -> None:
     assert np.array_equal(encoded.reshape(case["encoded"].shape), case["encoded"])
 
 
-def test_engine(golden: Golden, engines: Callable[[str], Path]) -> None:
+@pytest.fixture
+def lane(golden: Golden, engines: Callable[[str], Path]) -> Iterator[Lane]:
+    with open_backend("auto", read_manifest(engines(golden.folder.name))).lease() as lane:
+        yield lane
+
+
+def test_engine(golden: Golden, lane: Lane) -> None:
     """The graphs along the reference's run, both branches at once; the sampler with noise that leads to the reference's choices."""
-    backend = open_backend("auto", read_manifest(engines(golden.folder.name)))
     batch, length = len(golden.load("trajectory")["labels"]), golden.case["grid"] ** 2
     features = np.zeros((2 * batch, 0, golden.case["dim"]), np.float32)
     revealed = None
     for step, wanted in trajectory(golden):
         null = np.full_like(wanted["labels"], golden.case["num_classes"])
-        encoder_modulation, decoder_modulation = backend.run("condition", {"labels": np.concatenate((wanted["labels"], null))})
+        encoder_modulation, decoder_modulation = lane.run("condition", {"labels": np.concatenate((wanted["labels"], null))})
         if revealed is not None:
             tokens, positions = revealed
             assert np.array_equal(np.sort(positions), wanted["new"])
             assert np.array_equal(np.take_along_axis(tokens, positions.argsort(1), 1), wanted["tokens"])
             inputs = {"tokens": tokens, "positions": positions, "features": features, "encoder_modulation": encoder_modulation}
-            (features,) = backend.run("encoder", inputs)
+            (features,) = lane.run("encoder", inputs)
         inputs = {"positions": wanted["positions"], "features": features, "decoder_modulation": decoder_modulation}
-        (logits,) = backend.run("decoder", inputs)
+        (logits,) = lane.run("decoder", inputs)
         np.testing.assert_allclose(logits, wanted["logits"], atol=TOLERANCE, rtol=0)
 
         choice = np.zeros((batch, length), np.float32)
         np.put_along_axis(choice, wanted["positions"], noise_for(logits, wanted["sampled"], step), axis=1)
-        tokens, *revealed, _ = backend.run(
+        tokens, *revealed, _ = lane.run(
             "sampler",
             {
                 "logits": logits,

@@ -188,8 +188,8 @@ def test_encode_and_previews(openvino: Pipeline, reference: Pipeline) -> None:
 
 
 def test_threads_share_a_pipeline(openvino: Pipeline) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: openvino.generate([seed], seed=seed), range(12)))
+    with Pipeline.load(backend="openvino", slots=4) as shared, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: shared.generate([seed], seed=seed), range(12)))
     for seed, pictures in enumerate(found):
         assert (pictures == openvino.generate([seed], seed=seed)).all()
 

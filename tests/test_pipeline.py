@@ -18,6 +18,7 @@ from PIL import Image
 
 from enat import Pipeline, Stopped, to_pil
 from enat.errors import EngineError, InputError
+from enat.runtime.backends import Backend, Lane
 from enat.runtime.pipeline import Preview
 
 
@@ -70,21 +71,25 @@ def test_images_are_numbered_class_by_class(pipe: Pipeline) -> None:
 
 
 class Recorder:
-    """A backend that counts what the loop asks of the real one."""
+    """A backend, and its lane, that note what the loop asks of the real ones."""
 
-    def __init__(self, backend: object) -> None:
+    lane: Lane
+
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.calls: list[tuple[str, dict[str, tuple[int, ...]]]] = []
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.backend, name)
+        return getattr(self.lane, name)
 
-    def lease(self) -> contextlib.AbstractContextManager[Recorder]:
-        return contextlib.nullcontext(self)
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Recorder]:
+        with self.backend.lease() as self.lane:
+            yield self
 
     def run(self, graph: str, inputs: dict[str, np.ndarray]) -> object:
         self.calls.append((graph, {name: value.shape for name, value in inputs.items()}))
-        return self.backend.run(graph, inputs)  # type: ignore[attr-defined]
+        return self.lane.run(graph, inputs)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
@@ -171,10 +176,11 @@ def test_a_callback_may_stop_the_run(pipe: Pipeline) -> None:
     assert steps == [0, 1, 2]
 
 
-def test_threads_share_a_pipeline(pipe: Pipeline) -> None:
+@pytest.mark.parametrize("slots", [1, 4])
+def test_threads_share_a_pipeline(pipe: Pipeline, slots: int) -> None:
     expected = [pipe.generate([i], seed=i) for i in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: pipe.generate([i], seed=i), range(8)))
+    with Pipeline.load(pipe.manifest.folder, slots=slots) as shared, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: shared.generate([i], seed=i), range(8)))
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 

@@ -230,7 +230,7 @@ def test_kernels_that_saturate(int8: Path, made: Make, monkeypatch: pytest.Monke
         expected = pipe.generate_tokens([1, 2], seed=3)
     monkeypatch.setattr(onnxruntime_cpu, "int8_saturates", lambda: True)
     with pytest.warns(RuntimeWarning, match="--weight-bits 7"), Pipeline.load(int8) as pipe:
-        assert pipe.backend.options.get_session_config_entry("session.x64quantprecision") == "1"  # type: ignore[attr-defined]
+        assert pipe.backend.sessions.options.get_session_config_entry("session.x64quantprecision") == "1"  # type: ignore[attr-defined]
         assert np.array_equal(pipe.generate_tokens([1, 2], seed=3), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

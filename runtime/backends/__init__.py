@@ -73,17 +73,17 @@ class Backend(Protocol):
     device: str
 
     def lease(self) -> AbstractContextManager[Lane]:
-        """A lane for the time of a `with` block; waits while all are taken."""
+        """A lane for the time of a `with` block; waits in turn while all are taken. Raises BackendError once the backend is closed."""
 
     def close(self) -> None:
-        """Gives back what the backend holds."""
+        """Gives back what the backend holds: what is in use, when its batch is done."""
 
 
 def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: int | None = None, slots: int = 1) -> Backend:
     """Loads an engine's graphs into a backend.
 
     name: one of BACKENDS, or "auto" for the first of AUTO that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU,
-    all that the process may use by default. slots: batches in flight at once on a GPU. Raises InputError for words and numbers that it
+    all that the process may use by default. slots: batches in flight at once. Raises InputError for words and numbers that it
     does not know, BackendError where the backend is not installed or cannot load the graphs.
     """
     kind = device.split(":")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import queue
 import traceback
 import warnings
 from abc import ABC, abstractmethod
@@ -205,43 +204,14 @@ class DeviceLane(ABC):
         found = f"{batch} at once need more than {counter.peak / 2**20:.0f} MiB, {available / 2**20:.0f} MiB are free"
         return f"{found}; a batch of {fitting} fits" if fitting else f"{found}; not even one fits"
 
-    def close(self) -> None:
+    def enter(self) -> None:
         self.device.enter()
+
+    def close(self) -> None:
+        self.enter()
         self.forget()
         self.arena.free_unused()
         self.device.close()
-
-
-class Lanes:
-    """A backend's lanes: one for each batch in flight, made when first needed."""
-
-    def __init__(self, make: Callable[[], DeviceLane], count: int) -> None:
-        self.make = make
-        self.places: queue.LifoQueue[DeviceLane | None] = queue.LifoQueue()
-        for _ in range(count):
-            self.places.put(None)
-        self.made: list[DeviceLane] = []
-        self.closed = False
-
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[DeviceLane]:
-        lane = self.places.get()
-        try:
-            if self.closed:
-                raise BackendError("the pipeline was closed")
-            if lane is None:
-                lane = self.make()
-                self.made.append(lane)
-            lane.device.enter()
-            yield lane
-        finally:
-            self.places.put(lane)
-
-    def close(self) -> None:
-        self.closed = True
-        for lane in self.made:
-            lane.close()
-        self.made.clear()
 
 
 def batch_of(arrays: Mapping[str, Array]) -> int:

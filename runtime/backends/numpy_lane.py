@@ -27,6 +27,12 @@ class NumpyLane(ABC):
         pictures = [self.run_once(graph, {**inputs, **one}) for one in chosen]
         return [np.concatenate(parts) for parts in zip(*pictures, strict=True)]
 
+    def enter(self) -> None:  # noqa: B027
+        """Any thread may use it."""
+
+    def close(self) -> None:  # noqa: B027
+        """It holds nothing."""
+
     def upload(self, array: Array) -> Array:
         return array
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import onnxruntime as ort
 
@@ -15,6 +13,7 @@ from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
+from .lanes import Lanes
 from .numpy_lane import NumpyLane
 from .sessions import CPU, Sessions, first_line
 
@@ -28,8 +27,21 @@ def int8_saturates() -> bool:
     return saturate(lambda x: session.run(None, {"x": x})[0])
 
 
-class OnnxRuntimeBackend(NumpyLane):
-    """One session a graph, made when the graph is first run. It is its own lane: nothing of it belongs to one batch."""
+def session_options(manifest: Manifest, threads: int | None = None) -> ort.SessionOptions:
+    """What an engine's graphs need of ONNX Runtime on this CPU; warns where that is slow."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4
+    if too_wide(manifest, int8_saturates):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=3)
+    return options
+
+
+class OnnxRuntimeBackend:
+    """One session a graph, made when the graph is first run, and shared by all lanes."""
 
     name = "onnxruntime"
 
@@ -37,22 +49,22 @@ class OnnxRuntimeBackend(NumpyLane):
         if device != "cpu":
             raise InputError(f"expected the device cpu, got {device!r}")
         self.device = device
-        self.manifest = manifest
-        self.options = ort.SessionOptions()
-        self.options.intra_op_num_threads = threads or 0
-        # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
-        self.options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.options.log_severity_level = 4
-        if too_wide(manifest, int8_saturates):
-            self.options.add_session_config_entry("session.x64quantprecision", "1")
-            warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=2)
-        self.sessions = Sessions(self.path, self.options, lambda graph: CPU)
+        options = session_options(manifest, threads)
+        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
+        self.lanes = Lanes(lambda: OnnxRuntimeLane(self.sessions), slots, self.sessions.close)
 
-    def path(self, graph: str) -> Path:
-        return self.manifest.path(f"{graph}.onnx")
+    def lease(self) -> AbstractContextManager[OnnxRuntimeLane]:
+        return self.lanes.lease()
 
-    def lease(self) -> AbstractContextManager[OnnxRuntimeBackend]:
-        return contextlib.nullcontext(self)
+    def close(self) -> None:
+        self.lanes.close()
+
+
+class OnnxRuntimeLane(NumpyLane):
+    """Nothing of it belongs to one batch."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         session = self.sessions.get(graph)
@@ -60,6 +72,3 @@ class OnnxRuntimeBackend(NumpyLane):
             return session.run(None, dict(inputs))
         except Exception as error:
             raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error
-
-    def close(self) -> None:
-        self.sessions.close()

@@ -15,7 +15,8 @@ from ..manifest import Manifest
 from . import Array
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane, Lanes
+from .device_lane import DeviceLane
+from .lanes import Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -39,7 +40,7 @@ class OnnxRuntimeCudaBackend:
         self.sessions = Sessions(
             lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: self.providers(graph, index, manifest)
         )
-        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), self.sessions, "cuda"), slots)
+        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), self.sessions, "cuda"), slots, self.sessions.close)
 
     def providers(self, graph: str, index: int, manifest: Manifest) -> Providers:
         # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
@@ -50,7 +51,6 @@ class OnnxRuntimeCudaBackend:
 
     def close(self) -> None:
         self.lanes.close()
-        self.sessions.close()
 
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):

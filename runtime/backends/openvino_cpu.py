@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..manifest import Manifest
 from . import Array
 from .contract import output_shapes
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
+from .lanes import Lanes
 from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
@@ -58,17 +59,10 @@ class OpenVinoBackend:
         self.loader = ThreadPoolExecutor(2)  # its threads end with the backend
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
-        self.idle: list[OpenVinoLane] = []
+        self.lanes = Lanes(lambda: OpenVinoLane(self), slots, self.loading.clear)
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[OpenVinoLane]:
-        with self.lock:
-            lane = self.idle.pop() if self.idle else OpenVinoLane(self)
-        try:
-            yield lane
-        finally:
-            with self.lock:
-                self.idle.append(lane)
+    def lease(self) -> AbstractContextManager[OpenVinoLane]:
+        return self.lanes.lease()
 
     def load(self, graph: str) -> Future[CompiledGraph]:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
@@ -95,9 +89,7 @@ class OpenVinoBackend:
         return self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
 
     def close(self) -> None:
-        with self.lock:
-            self.idle.clear()
-            self.loading.clear()
+        self.lanes.close()
 
 
 class OpenVinoLane(NumpyLane):
@@ -105,13 +97,16 @@ class OpenVinoLane(NumpyLane):
 
     def __init__(self, backend: OpenVinoBackend) -> None:
         self.backend = backend
-        self.requests: dict[str, tuple[Any, CompiledGraph]] = {}  # which reads the graph's file also after the backend was closed
+        self.requests: dict[str, tuple[Any, CompiledGraph]] = {}
 
     def request(self, graph: str) -> tuple[Any, CompiledGraph]:
         if graph not in self.requests:
             compiled = self.backend.load(graph).result()
             self.requests[graph] = compiled.model.create_infer_request(), compiled
         return self.requests[graph]
+
+    def close(self) -> None:
+        self.requests.clear()
 
     def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
         _, compiled = self.request("condition")

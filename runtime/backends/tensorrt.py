@@ -18,7 +18,8 @@ from ..manifest import Manifest
 from . import Array, Program
 from .cuda import CudaDevice, device_facts, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane, Lanes, batch_of
+from .device_lane import DeviceLane, batch_of
+from .lanes import Lanes
 
 CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
 
@@ -71,7 +72,7 @@ class TensorRTBackend:
             self.runtime.engine_host_code_allowed = True  # such plans bring a runtime of their own
         self.engines: dict[str, Any] = {}
         self.lock = threading.Lock()
-        self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), self), slots)
+        self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), self), slots, self.engines.clear)
 
     def lease(self) -> AbstractContextManager[DeviceLane]:
         return self.lanes.lease()
@@ -93,7 +94,6 @@ class TensorRTBackend:
 
     def close(self) -> None:
         self.lanes.close()
-        self.engines.clear()
 
 
 @dataclass
