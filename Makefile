@@ -1,5 +1,6 @@
 # From a fresh clone: make demo, make test, make test-slow. Everything else is set up here, in .venv/.
 PYTHON ?= python3
+TRITON_PYTHON ?= $(PYTHON)
 INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGE = --no-deps --force-reinstall .
 export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
@@ -43,11 +44,15 @@ test-gpu: .venv/gpu/ready
 		{ echo "TensorRT cannot be installed here; its tests are left out"; .venv/gpu/$(INSTALL) ".[cuda,calibration]" pytest hypothesis; }
 	touch $@
 
-# Triton's server. Its Python backend needs NumPy 1, so that it has an environment of its own.
+# Triton's server. Its Python backend needs NumPy 1, which is not to be had for newer Pythons, so that it has an environment of its own.
 .venv/triton/ready: requirements-triton.txt
-	$(PYTHON) -m venv --clear .venv/triton
-	.venv/triton/bin/python -m pip --disable-pip-version-check install -q -r requirements-triton.txt
-	touch $@
+	if $(TRITON_PYTHON) -c "import sys; sys.exit(sys.version_info >= (3, 13))"; then \
+		$(TRITON_PYTHON) -m venv --clear .venv/triton && \
+		.venv/triton/bin/python -m pip --disable-pip-version-check install -q -r requirements-triton.txt && \
+		touch $@; \
+	else \
+		echo "Triton's server needs Python 3.11 or 3.12 (TRITON_PYTHON=python3.12); its tests are left out"; \
+	fi
 
 .venv/demo/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv/demo

@@ -12,11 +12,16 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from enat import Pipeline
 from enat.runtime.manifest import Manifest, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
+
+# Machines may be slow at times, for drawing examples too; and fixtures of one test serve all of its examples.
+settings.register_profile("enat", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("enat")
 
 DATA = Path(__file__).parent / "data"
 

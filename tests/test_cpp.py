@@ -25,7 +25,7 @@ import onnx
 import onnxruntime
 import pytest
 from conftest import put_anything_anywhere
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_cores import CONTROL_GROUPS, system
@@ -486,7 +486,7 @@ def reader(plain: Path) -> Iterator[Callable[[Path], str]]:
         process.stdin.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_python_refuses_is_refused(reader: Callable[[Path], str], tmp_path: Path, data: st.DataObject) -> None:
     """Whatever stands at any place of the manifest: both read the engine, or both refuse it."""

@@ -168,7 +168,7 @@ def test_memory_held_by_records_is_given_up_where_it_is_short(pipe: Pipeline) ->
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_blocks_in_use_never_overlap(requests: list[tuple[int, bool]]) -> None:
     device = HostDevice()
     arena = Arena(device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import put_anything_anywhere
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from enat import EnatError
@@ -106,7 +106,6 @@ def test_not_an_engine(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataObject) -> None:
     """Whatever stands at any place of the manifest: an engine that can be read, or one clear error."""

@@ -46,7 +46,7 @@ requests = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(requests)
 def test_the_batch_does_not_matter(pipe: Pipeline, request: tuple[list[int], int, int, float, int]) -> None:
     classes, seed, steps, guidance, batch_size = request

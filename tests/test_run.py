@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from conftest import invoke, put_anything_anywhere, refused
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
@@ -240,7 +240,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
     assert result.exc_info[0].__name__ == "InputError"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_record_is_replayed_or_refused(run: Run, data: st.DataObject) -> None:
     if not Path("a.png").exists():

@@ -128,7 +128,7 @@ def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
 
 
 @given(steps=st.integers(1, 64), batch=st.integers(1, 6), guidance=st.sampled_from([0.0, 2.5]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_profiles_cover_whatever_the_loop_asks(engines: Callable[[str], Path], steps: int, batch: int, guidance: float) -> None:
     """Every call of a real run lies within a profile: of its own step where steps were named, else within the general one."""
     manifest = read_manifest(engines("tiny"))

@@ -230,8 +230,8 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
 def environment() -> Path:
     """The environment of server and model. Skips the test where there is none."""
     name = os.environ.get(ENVIRONMENT)
-    if not name:
-        pytest.skip(f"{ENVIRONMENT} names no environment with nvidia-pytriton; make test makes one")
+    if not name or not (Path(name) / "bin" / "python").exists():
+        pytest.skip(f"{ENVIRONMENT} names no environment with nvidia-pytriton; make test makes one with Python 3.11 or 3.12")
     return Path(name)
 
 

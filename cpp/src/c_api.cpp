@@ -109,6 +109,7 @@ enat_status enat_open(const char* engine, const enat_options* options, enat_pipe
             if (options->provider != nullptr) chosen.provider = options->provider;
             chosen.threads = options->threads;
             chosen.verify = options->verify != 0;
+            if (options->slots != 0) chosen.slots = options->slots;
         }
         *pipeline = new enat_pipeline{enat::Pipeline(engine, chosen)};
     });

@@ -9,15 +9,11 @@
 #include "loop.hpp"
 #include "manifest.hpp"
 #include "schedule.hpp"
+#include "slots.hpp"
 
 namespace enat {
 
 Preview::~Preview() = default;
-
-struct Pipeline::Loaded {
-    Manifest manifest;
-    Graphs graphs;
-};
 
 namespace {
 
@@ -60,6 +56,8 @@ Request make_request(const Manifest& manifest, const std::vector<Class>& classes
     return request;
 }
 
+using Use = std::function<void(const std::vector<std::int64_t>&)>;
+
 /// What a callback sees of one batch.
 class BatchPreview final : public Preview {
 public:
@@ -80,29 +78,6 @@ private:
     const std::vector<std::uint8_t>& masked_;
 };
 
-/// Draws batch by batch; `use` is given the tokens [batch, length] of each.
-void draw(const Manifest& manifest, const Graphs& graphs, const Request& request, const Callback& callback,
-          const std::function<void(const std::vector<std::int64_t>&)>& use) {
-    const std::size_t count = request.labels.size(), steps = request.steps.size();
-    const std::size_t total = ((count - 1) / request.batch_size + 1) * steps;
-    std::size_t done = 0;  // steps of the batches before
-    for (std::size_t first = 0; first < count; first += request.batch_size, done += steps) {
-        const auto last = static_cast<std::ptrdiff_t>(std::min(first + request.batch_size, count));
-        const auto start = static_cast<std::ptrdiff_t>(first);
-        OnStep on_step;
-        if (callback) {
-            on_step = [&](const Step& step, const std::vector<std::int64_t>& tokens, const std::vector<std::uint8_t>& masked) {
-                const std::size_t number = done + static_cast<std::size_t>(step.index);
-                if (callback(number, total, BatchPreview(manifest, graphs, tokens, masked))) {
-                    throw Stopped("stopped after step " + std::to_string(number + 1) + " of " + std::to_string(total));
-                }
-            };
-        }
-        use(sample(graphs, manifest.model, {request.labels.begin() + start, request.labels.begin() + last},
-                   {request.seeds.begin() + start, request.seeds.begin() + last}, request.steps, on_step));
-    }
-}
-
 /// Adds the pictures of another batch.
 void append(Images& all, Images&& batch) {
     if (all.count == 0) {
@@ -121,43 +96,72 @@ void append(Images& all, Images&& batch) {
 
 }  // namespace
 
-Pipeline::Pipeline(const std::filesystem::path& engine, const Options& options) {
-    Manifest manifest = read_manifest(engine, options.verify);
-    Graphs graphs(manifest, options);
-    loaded_ = std::make_unique<Loaded>(Loaded{std::move(manifest), std::move(graphs)});
+struct Pipeline::Loaded {
+    Loaded(const std::filesystem::path& engine, const Options& options)
+        : slots(options.slots), manifest(read_manifest(engine, options.verify)), graphs(manifest, options) {}
+
+    /// Draws batch by batch; `use` is given the tokens [batch, length] of each while the batch's slot is held.
+    void draw(const Request& request, const Callback& callback, const Use& use);
+
+    Slots slots;
+    Manifest manifest;
+    Graphs graphs;
+};
+
+void Pipeline::Loaded::draw(const Request& request, const Callback& callback, const Use& use) {
+    const std::size_t count = request.labels.size(), steps = request.steps.size();
+    const std::size_t total = ((count - 1) / request.batch_size + 1) * steps;
+    std::size_t done = 0;  // steps of the batches before
+    for (std::size_t first = 0; first < count; first += request.batch_size, done += steps) {
+        const auto last = static_cast<std::ptrdiff_t>(std::min(first + request.batch_size, count));
+        const auto start = static_cast<std::ptrdiff_t>(first);
+        OnStep on_step;
+        if (callback) {
+            on_step = [&](const Step& step, const std::vector<std::int64_t>& tokens, const std::vector<std::uint8_t>& masked) {
+                const std::size_t number = done + static_cast<std::size_t>(step.index);
+                if (callback(number, total, BatchPreview(manifest, graphs, tokens, masked))) {
+                    throw Stopped("stopped after step " + std::to_string(number + 1) + " of " + std::to_string(total));
+                }
+            };
+        }
+        const Slots::Place place = slots.take();  // for this batch alone: who waits for the next one may use the pipeline meanwhile
+        use(sample(graphs, manifest.model, {request.labels.begin() + start, request.labels.begin() + last},
+                   {request.seeds.begin() + start, request.seeds.begin() + last}, request.steps, on_step));
+    }
 }
+
+Pipeline::Pipeline(const std::filesystem::path& engine, const Options& options) : loaded_(std::make_unique<Loaded>(engine, options)) {}
 
 Pipeline::Pipeline(Pipeline&&) noexcept = default;
 Pipeline& Pipeline::operator=(Pipeline&&) noexcept = default;
 Pipeline::~Pipeline() = default;
 
 Images Pipeline::generate(const std::vector<Class>& classes, const Settings& settings) const {
-    const auto& [manifest, graphs] = *loaded_;
+    const Manifest& manifest = loaded_->manifest;
     manifest.require_images();
     const Request request = make_request(manifest, classes, settings);
     Images images;
-    draw(manifest, graphs, request, settings.callback,
-         [&, &manifest = manifest, &graphs = graphs](const std::vector<std::int64_t>& tokens) {
-             append(images, enat::decode(graphs, manifest.model, tokens));
-         });
+    loaded_->draw(request, settings.callback, [&](const std::vector<std::int64_t>& tokens) {
+        append(images, enat::decode(loaded_->graphs, loaded_->manifest.model, tokens));
+    });
     images.tokens.seeds = request.seeds;
     return images;
 }
 
 Tokens Pipeline::generate_tokens(const std::vector<Class>& classes, const Settings& settings) const {
-    const auto& [manifest, graphs] = *loaded_;
+    const Manifest& manifest = loaded_->manifest;
     const Request request = make_request(manifest, classes, settings);
     Tokens all;
     all.count = request.labels.size();
     all.grid = static_cast<std::size_t>(manifest.model.grid);
     all.seeds = request.seeds;
-    draw(manifest, graphs, request, settings.callback,
-         [&](const std::vector<std::int64_t>& tokens) { all.values.insert(all.values.end(), tokens.begin(), tokens.end()); });
+    loaded_->draw(request, settings.callback,
+                  [&](const std::vector<std::int64_t>& tokens) { all.values.insert(all.values.end(), tokens.begin(), tokens.end()); });
     return all;
 }
 
 Images Pipeline::decode(const Tokens& tokens) const {
-    const auto& [manifest, graphs] = *loaded_;
+    const Manifest& manifest = loaded_->manifest;
     manifest.require_images();
     const auto grid = static_cast<std::size_t>(manifest.model.grid);
     if (tokens.count < 1 || tokens.grid != grid || tokens.values.size() != tokens.count * grid * grid) {
@@ -170,7 +174,8 @@ Images Pipeline::decode(const Tokens& tokens) const {
         throw InputError("expected tokens of 0 to " + std::to_string(manifest.model.codes - 1) + ", got " + std::to_string(*least) +
                          " to " + std::to_string(*most));
     }
-    Images images = enat::decode(graphs, manifest.model, tokens.values);
+    const Slots::Place place = loaded_->slots.take();
+    Images images = enat::decode(loaded_->graphs, manifest.model, tokens.values);
     images.tokens.seeds = tokens.seeds;
     return images;
 }

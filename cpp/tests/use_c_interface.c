@@ -40,10 +40,10 @@ int main(int count, char** words) {
     EXPECT(enat_open("/nowhere", NULL, &pipeline) == ENAT_ENGINE_ERROR && pipeline == NULL && said("/nowhere: not an engine directory"));
     EXPECT(enat_open(NULL, NULL, &pipeline) == ENAT_INPUT_ERROR && said("engine, got NULL"));
     EXPECT(enat_open(words[1], NULL, NULL) == ENAT_INPUT_ERROR && said("pipeline, got NULL"));
-    enat_options options = {"cuda:0", "cuda", 0, 0};
+    enat_options options = {"cuda:0", "cuda", 0, 0, 0};
     enat_status status = enat_open(words[1], &options, &pipeline);
     EXPECT(status == ENAT_BACKEND_ERROR && said("cuda:0")); /* the tests' ONNX Runtime has no CUDA */
-    options = (enat_options){NULL, NULL, 2, 1};
+    options = (enat_options){NULL, NULL, 2, 1, 2};
     EXPECT(enat_open(words[1], &options, &pipeline) == ENAT_OK);
 
     enat_info info;

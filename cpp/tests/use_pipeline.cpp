@@ -1,6 +1,7 @@
 // use-pipeline ENGINE: the C++ interface from the outside, in one thread and in several. Ends with 0 where all holds.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <iostream>
@@ -127,6 +128,9 @@ void test_refusals(const enat::Pipeline& pipeline, const std::string& engine) {
     EXPECT(throws<enat::InputError>([&] { opens(options); }, "threads, as this machine's CPU has"));
     options.threads = 100000;
     EXPECT(throws<enat::InputError>([&] { opens(options); }, "got 100000"));
+    options = {};
+    options.slots = 0;
+    EXPECT(throws<enat::InputError>([&] { opens(options); }, "expected 1 or more slots, got 0"));
     EXPECT(throws<enat::EngineError>([&] { enat::Pipeline("/nowhere"); }, "/nowhere"));
 }
 
@@ -147,6 +151,33 @@ void test_threads(const enat::Pipeline& pipeline) {
     for (std::thread& thread : running) thread.join();
     EXPECT(equal == std::vector<int>(threads, rounds));
     EXPECT(refused == std::vector<int>(threads, rounds));
+}
+
+/// A long run lets others in between its batches, and a callback is told that it would wait for itself.
+void test_turns(const enat::Pipeline& pipeline) {
+    const auto expected = pipeline.generate({3}, with_seed(5)).pixels;
+    std::atomic<bool> begun = false, other_done = false;
+    std::size_t after = 0;  // steps of the long run when the other one was done
+    bool equal = false;
+    std::thread other([&] {
+        while (!begun) std::this_thread::yield();
+        equal = pipeline.generate({3}, with_seed(5)).pixels == expected;
+        other_done = true;
+    });
+    enat::Settings settings = with_seed(0);
+    settings.num = 1000;
+    settings.batch_size = 1;
+    settings.callback = [&](std::size_t step, std::size_t, const enat::Preview&) {
+        begun = true;
+        after = step;
+        return other_done.load();
+    };
+    EXPECT(throws<enat::Stopped>([&] { pipeline.generate_tokens({1}, settings); }, "stopped after step"));
+    other.join();
+    EXPECT(equal && after < 800);
+
+    settings.callback = [&](std::size_t, std::size_t, const enat::Preview&) { return pipeline.generate({1}).count > 0; };
+    EXPECT(throws<enat::InputError>([&] { pipeline.generate({1}, settings); }, "must not ask its pipeline"));
 }
 
 /// Pipelines come and go in several threads at once, and move.
@@ -177,6 +208,10 @@ int main(int count, char** words) {
     test_callbacks(pipeline);
     test_refusals(pipeline, words[1]);
     test_threads(pipeline);
+    test_turns(pipeline);
+    enat::Options options;
+    options.slots = 3;
+    test_threads(enat::Pipeline{words[1], options});
     test_lives(words[1], pipeline);
     std::cout << "all holds\n";
 }

@@ -32,10 +32,11 @@ typedef struct {
     const char* provider; /* "cpu", "cuda" or "tensorrt"; NULL: by the device */
     int32_t threads;      /* on the CPU, for each run; 0: all that the process may use */
     int32_t verify;       /* 1: hash files over 64 MiB too */
+    int32_t slots;        /* batches in flight at once, each with memory of its own; further threads wait in turn; 0: one */
 } enat_options;
 
 /* Called after every step; steps are counted from 0, over all batches. Anything but 0 stops the run. `preview` is valid during the
- * call: enat_preview_images(). */
+ * call: enat_preview_images(). The pipeline must not be asked for other pictures meanwhile: ENAT_INPUT_ERROR. */
 typedef int (*enat_callback)(size_t step, size_t steps, const enat_preview* preview, void* user);
 
 typedef struct {

@@ -64,6 +64,7 @@ struct Options {
     std::string provider = "";   // "cpu", "cuda" or "tensorrt"; empty: cpu or cuda, by the device
     int threads = 0;             // on the CPU, for each run; 0: all that the process may use
     bool verify = false;         // hash files over 64 MiB too
+    int slots = 1;               // batches in flight at once, each with memory of its own; further threads wait in turn
 };
 
 /// A class: its number or its name (ASCII case does not count). A name may be a number; "#7" is always number 7.
@@ -98,7 +99,8 @@ protected:
     virtual ~Preview();
 };
 
-/// Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning true stops the run.
+/// Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning true stops the run. It
+/// must not ask the pipeline for other pictures (InputError): the run holds a slot meanwhile, which they might wait for.
 using Callback = std::function<bool(std::size_t, std::size_t, const Preview&)>;
 
 /// What is free at run time. The engine's own settings where nothing is said.

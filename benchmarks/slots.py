@@ -1,0 +1,62 @@
+"""Many requests at once: what it costs or brings to draw several batches at the same time.
+
+python -m enat.benchmarks.slots --engine work/l/int8 --slots 1,2,8 --clients 8 --images 16
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import click
+
+from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
+from .footprint import resident_memory
+from .machine import device_name
+
+
+def serve(engine: Path, backend: str, device: str, slots: int, clients: int, images: int) -> tuple[float, float, float]:
+    """Requests for a picture each, so many at once → pictures a second, the median wait for one in seconds, resident memory in GB at
+    its peak."""
+    with Pipeline.load(engine, backend, device, slots=slots) as pipe, ThreadPoolExecutor(clients) as pool:
+        classes = pipe.manifest.model.num_classes
+
+        def one(number: int) -> float:
+            start = time.perf_counter()
+            pipe.generate([number % classes], seed=number)
+            return time.perf_counter() - start
+
+        list(pool.map(one, range(clients)))  # every slot is made
+        start = time.perf_counter()
+        waits = list(pool.map(one, range(images)))
+        rate = images / (time.perf_counter() - start)
+        return rate, statistics.median(waits), (resident_memory()[0] or 0) / 1e9
+
+
+@click.command()
+@click.option("--engine", type=click.Path(exists=True, path_type=Path), default=BUNDLED_ENGINE)
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--slots", default="1,2,8", show_default=True)
+@click.option("--clients", default=8, show_default=True)
+@click.option("--images", default=64, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+def main(engine: Path, backend: str, device: str, slots: str, clients: int, images: int, repeats: int) -> None:
+    """Print throughput, waiting and memory by number of slots, each time in a process of its own, in turn."""
+    counts = [int(word) for word in slots.split(",")]
+    found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        for count in counts:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found[count].append(process.submit(serve, engine, backend, device, count, clients, images).result())
+    click.echo(f"{device_name(device)}; {engine}, {backend}, {clients} clients, {images} pictures, medians of {repeats}")
+    for count, rows in found.items():
+        rate, wait, memory = (statistics.median(column) for column in zip(*rows, strict=True))
+        click.echo(f"  {count:2} slots: {rate:.2f} pictures/s, {wait:.2f} s a request, {memory:.2f} GB at the peak")
+
+
+if __name__ == "__main__":
+    main()
