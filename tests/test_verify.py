@@ -47,7 +47,9 @@ def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -
         found = compare(changed, float32, images=4)
     (one,) = record(float32, spread_labels(float32.manifest.model, 4), 0, batch_size=4)
     total = 0.0
-    for logits in replayed_logits(float32.backend, float32.manifest, one):
+    with float32.backend.lease() as lane:
+        expected = replayed_logits(lane, float32.manifest, one)
+    for logits in expected:
         moved = logits.copy()
         moved[..., 0] += 5  # guidance takes the difference of two rows: the same in both cancels out
         total += divergence(moved, logits).sum()
