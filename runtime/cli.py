@@ -14,10 +14,12 @@ from ..errors import InputError
 from .backends import BACKENDS
 from .classes import class_index, parse_classes
 from .command import Command
+from .describe import classes_text, engine_info, info_text
 from .files import check_writable
+from .manifest import read_manifest
 from .outputs import RUN_RECORD, Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, read_metadata
-from .pipeline import BATCH_SIZE, Pipeline, image_seeds
+from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, image_seeds
 from .progress import progress_bar
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
@@ -62,6 +64,7 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
 @click.option("--threads", type=int, help="CPU threads; default: all that the process may use.")
 @click.option("--verify", is_flag=True, help="Check the hashes of files over 64 MiB too.")
 @click.option("--list-classes", is_flag=True, help="Show the engine's classes and end.")
+@click.option("--info", is_flag=True, help="Show what the engine is and end.")
 @click.option("--json", "as_json", is_flag=True, help="Say what was done as JSON on stdout.")
 def main(
     engine: Path | None,
@@ -82,17 +85,22 @@ def main(
     threads: int | None,
     verify: bool,
     list_classes: bool,
+    info: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Draw pictures with an engine."""
+    if info or list_classes:
+        manifest = read_manifest(engine or BUNDLED_ENGINE, verify)
+        if info:
+            click.echo(json.dumps(engine_info(manifest)) if as_json else info_text(manifest))
+        else:
+            click.echo(classes_text(manifest, as_json))
+        return
     started = time.perf_counter()
     earlier = earlier_run(replay, out if resume else None)
     chosen = backend if backend != "auto" else earlier_backend(earlier, device)
     with Pipeline.load(engine, chosen, device, threads, verify) as pipeline:
-        if list_classes:
-            show_classes(pipeline, as_json)
-            return
         if out is None:
             raise InputError("expected --out with a folder or a file to write")
         single = check_kind(out, grid, gif, resume)
@@ -207,13 +215,3 @@ def make_request(pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: i
         raise InputError(f"{len(chosen) * num} pictures are too many for one run; expected at most {MOST_PICTURES}")
     labels = [label for label in chosen for _ in range(num)]
     return request_for(pipeline.manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
-
-
-def show_classes(pipeline: Pipeline, as_json: bool) -> None:
-    model = pipeline.manifest.model
-    names = model.class_names or (None,) * model.num_classes
-    if as_json:
-        click.echo(json.dumps([{"class": i, "name": name} for i, name in enumerate(names)]))
-    else:
-        for i, name in enumerate(names):
-            click.echo(f"{i}\t{name.encode('utf-8', 'replace').decode()}" if name else str(i))

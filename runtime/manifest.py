@@ -47,6 +47,16 @@ class Sampling:
     mask_temp: float
     samp_temp: float
 
+    def settings(self, **chosen: Any) -> dict[str, Any]:
+        """A run's settings by the names of `Pipeline.generate`: these, where they are given and not None, else the engine's own."""
+        own = {
+            "steps": self.steps,
+            "guidance": self.cfg_scale,
+            "mask_temperature": self.mask_temp,
+            "sampling_temperature": self.samp_temp,
+        }
+        return own | {name: value for name, value in chosen.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Manifest:

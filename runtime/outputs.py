@@ -82,14 +82,7 @@ class Request:
 
 def request_for(sampling: Sampling, labels: Sequence[int], seeds: Sequence[int], settings: Mapping[str, Any]) -> Request:
     """A request with these settings; what is missing or None is the engine's own."""
-    chosen: dict[str, Any] = {
-        "steps": sampling.steps,
-        "guidance": sampling.cfg_scale,
-        "mask_temperature": sampling.mask_temp,
-        "sampling_temperature": sampling.samp_temp,
-    }
-    chosen |= {name: value for name, value in settings.items() if value is not None}
-    return Request(tuple(labels), tuple(seeds), **chosen)
+    return Request(tuple(labels), tuple(seeds), **sampling.settings(**settings))
 
 
 def request_of(metadata: dict[str, Any]) -> Request:

@@ -142,14 +142,10 @@ class Pipeline:
         sampling_temperature: float | None = None,
     ) -> list[Step]:
         """The steps of a run with these settings, the engine's own where None. Raises InputError."""
-        default = self.manifest.sampling
-        return schedule(
-            self.manifest.model.length,
-            default.steps if steps is None else steps,
-            default.cfg_scale if guidance is None else guidance,
-            default.mask_temp if mask_temperature is None else mask_temperature,
-            default.samp_temp if sampling_temperature is None else sampling_temperature,
+        chosen = self.manifest.sampling.settings(
+            steps=steps, guidance=guidance, mask_temperature=mask_temperature, sampling_temperature=sampling_temperature
         )
+        return schedule(self.manifest.model.length, **chosen)
 
     def batches(
         self,

@@ -38,15 +38,15 @@ def kept(length: int, steps: int, index: int) -> int:
     return math.floor(length * math.cos((index + 1) / steps * math.pi / 2))
 
 
-def schedule(length: int, steps: int, cfg_scale: float, mask_temp: float, samp_temp: float) -> list[Step]:
+def schedule(length: int, steps: int, guidance: float, mask_temperature: float, sampling_temperature: float) -> list[Step]:
     """The steps of a run over `length` tokens; ends when nothing is masked, which with very many steps comes before `steps`.
 
-    cfg_scale: guidance at the end; it rises linearly from 0. mask_temp, samp_temp: temperatures at the start; they fall linearly.
+    guidance: at the end; it rises linearly from 0. mask_temperature, sampling_temperature: at the start; they fall linearly.
     Raises InputError where a setting is out of its range.
     """
     if not isinstance(steps, Integral) or not 1 <= steps <= length:
         raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
-    for name, value in (("guidance", cfg_scale), ("mask temperature", mask_temp), ("sampling temperature", samp_temp)):
+    for name, value in (("guidance", guidance), ("mask temperature", mask_temperature), ("sampling temperature", sampling_temperature)):
         if not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
             raise InputError(f"expected a {name} of 0 or more, got {value!r:.40}")
     result: list[Step] = []
@@ -55,9 +55,8 @@ def schedule(length: int, steps: int, cfg_scale: float, mask_temp: float, samp_t
         remaining = 1 - (index + 1) / steps
         keep = kept(length, steps, index)
         seen = length - masked - new
-        result.append(
-            Step(index, seen, new, masked, keep, cfg_scale * index / steps, max(samp_temp * remaining, 1e-3), mask_temp * remaining)
-        )
+        temperature = max(sampling_temperature * remaining, 1e-3)
+        result.append(Step(index, seen, new, masked, keep, guidance * index / steps, temperature, mask_temperature * remaining))
         masked, new = keep, masked - keep
         if masked == 0:
             break

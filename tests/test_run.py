@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 import enat
 from enat import InputError, Pipeline
 from enat.runtime.cli import main
+from enat.runtime.manifest import read_manifest
 from enat.runtime.outputs import request_for
 from enat.runtime.pictures import check_fits, read_metadata, save_image
 from enat.runtime.pipeline import BUNDLED_ENGINE
@@ -194,6 +195,34 @@ def test_json(run: Run) -> None:
     assert [Path(file).exists() for file in summary["files"]] == [True, True]
     assert summary["images"][1]["seed"] == summary["images"][0]["seed"] + 1
     assert len(json.loads(run("--list-classes", "--json").stdout)) == 10
+
+
+def test_what_an_engine_is(run: Run, engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without loading it into a backend."""
+    monkeypatch.setattr("enat.runtime.pipeline.open_backend", None)
+    manifest = read_manifest(engines("tiny"))
+    found = json.loads(run("--info", "--json").stdout)
+    assert found["hash"] == manifest.hash and found["bytes"] == sum(file.stat().st_size for file in manifest.folder.glob("*.onnx*"))
+    assert found["sampling"] == {"steps": 8, "guidance": 2.5, "mask_temperature": 1.5, "sampling_temperature": 6.0}
+    assert found["model"]["image_size"] == 32 and "class_names" not in found["model"] and found["builds"] == []
+    lines = dict(line.split(maxsplit=1) for line in run("--info").stdout.splitlines() if not line.startswith("source"))
+    assert lines["pictures"] == "32×32; 10 classes"
+    assert lines["sampling"] == "steps 8, guidance 2.5, mask temperature 1.5, sampling temperature 6"
+    assert set(lines["graphs"].split(", ")) == set(found["graphs"]) == {path.stem for path in manifest.folder.glob("*.onnx")}
+    assert run("--list-classes").stdout.split() == [str(i) for i in range(10)]
+
+
+def test_what_an_engine_from_anywhere_says_of_itself(run: Run, engine_copy: Path) -> None:
+    content = json.loads((engine_copy / "manifest.json").read_text())
+    content["model"]["class_names"] = ["\x1b[31mred", "two\nlines", "\udc80", *"abcdefg"]
+    content["source"] = {"note": "\x07", "list": [1, None]}
+    content["builds"] = [{"backend": "other"}]
+    (engine_copy / "manifest.json").write_text(json.dumps(content))
+    assert run("--list-classes", engine=engine_copy).stdout.splitlines()[:4] == ["0\t?[31mred", "1\ttwo?lines", "2\t?", "3\ta"]
+    assert run("--info", engine=engine_copy).stdout.splitlines()[-2:] == ["source    note ?", "source    list [1, None]"]
+    content["builds"] = [{"backend": "tensorrt"}]
+    (engine_copy / "manifest.json").write_text(json.dumps(content))
+    refused(run("--info", engine=engine_copy), "builds[0] is damaged")
 
 
 def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
