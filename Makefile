@@ -51,6 +51,7 @@ test-gpu: .venv/gpu/ready
 		.venv/triton/bin/python -m pip --disable-pip-version-check install -q -r requirements-triton.txt && \
 		touch $@; \
 	else \
+		rm -rf .venv/triton; \
 		echo "Triton's server needs Python 3.11 or 3.12 (TRITON_PYTHON=python3.12); its tests are left out"; \
 	fi
 

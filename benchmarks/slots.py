@@ -29,7 +29,7 @@ def serve(engine: Path, backend: str, device: str, slots: int, clients: int, ima
             pipe.generate([number % classes], seed=number)
             return time.perf_counter() - start
 
-        list(pool.map(one, range(clients)))  # every slot is made
+        list(pool.map(one, range(clients)))  # loads the graphs and makes slots
         start = time.perf_counter()
         waits = list(pool.map(one, range(images)))
         rate = images / (time.perf_counter() - start)

@@ -19,7 +19,7 @@ def engine_info(manifest: Manifest) -> dict[str, Any]:
         "hash": manifest.hash,
         "bytes": sum(entry["size"] for entry in manifest.files.values()),
         "model": model,
-        "class_names": manifest.model.class_names is not None,
+        "named_classes": manifest.model.class_names is not None,
         "precision": manifest.precision,
         "float_type": manifest.float_type,
         "sampling": manifest.sampling.settings(),

@@ -105,7 +105,7 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
         raise EngineError(f"{folder}: not an engine directory: {found}")
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes(), parse_constant=no_number)
     except (ValueError, RecursionError) as error:  # not JSON, or brackets without end
         raise EngineError(f"{file}: not valid JSON ({error})") from error
     reader = Reader(file)
@@ -144,6 +144,11 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     for name, entry in files.items():
         check_file(folder, name, entry, verify)
     return manifest
+
+
+def no_number(word: str) -> None:
+    """What Python's reader takes for a number, and JSON does not know."""
+    raise ValueError(f"{word} is no number")
 
 
 def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:

@@ -113,7 +113,7 @@ class Pipeline:
         """Draws pictures: uint8 [N, height, width, 3], RGB, class by class. Settings as for `generate_tokens`.
 
         Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
-        stopped the run.
+        stopped the run, BackendError where the backend fails or the pipeline was closed.
         """
         return np.concatenate(list(self.stream(classes, **settings)))
 

@@ -91,7 +91,7 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
     manifest = read_manifest(engine_copy)
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
         for graph in ("encoder", "sampler"):
-            providers = dict(cls.providers(object.__new__(cls), graph, 3, manifest))
+            providers = dict(cls.providers(graph, 3, manifest))
             assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0}
             assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
 
@@ -100,13 +100,13 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
 def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(engine_copy: Path, float_type: str) -> None:
     cls = onnxruntime_cuda.OnnxRuntimeTensorRTBackend
     manifest = dataclasses.replace(read_manifest(engine_copy), float_type=float_type)
-    options = dict(cls.providers(object.__new__(cls), "decoder", 0, manifest))[cls.provider]
+    options = dict(cls.providers("decoder", 0, manifest))[cls.provider]
     assert Path(options["trt_engine_cache_path"]).is_dir()
     assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == (float_type == "float16")
     (engine_copy / "tensorrt" / "onnxruntime").rmdir()
     (engine_copy / "tensorrt" / "onnxruntime").write_text("")
     with pytest.raises(BackendError, match=r"onnxruntime: cannot be written"):
-        cls.providers(object.__new__(cls), "decoder", 0, manifest)
+        cls.providers("decoder", 0, manifest)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_pipeline_starts_no_more_threads(backend: str) -> None:
         pipe = Pipeline.load(backend={backend!r})
         pipe.generate([1], seed=0)
         if {backend!r} == "openvino":
-            print(pipe.backend.loading["encoder"].result().model.get_property("INFERENCE_NUM_THREADS"))
+            print(pipe.backend.graphs.loading["encoder"].result().model.get_property("INFERENCE_NUM_THREADS"))
         else:
             print(pipe.backend.sessions.options.intra_op_num_threads)
     """

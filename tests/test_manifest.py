@@ -47,6 +47,7 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["sampling"].update(steps=65), "steps is 65"),
         (lambda data: data["sampling"].update(cfg_scale=-1), "cfg_scale is -1"),
         (lambda data: data["sampling"].update(cfg_scale=10**400), "expected a number of 0 or more"),
+        (lambda data: data.update(source={"note": float("nan")}), r"not valid JSON \(NaN is no number\)"),
         (lambda data: data.update(float_type="bfloat16"), "float_type"),
         (lambda data: data["files"].pop("sampler.onnx"), "sampler.onnx"),
         (lambda data: data["files"]["sampler.onnx"].update(size=1), "expected 1"),

@@ -27,7 +27,7 @@ from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
 from enat.runtime.backends import openvino_cache, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
-from enat.runtime.backends.openvino_cpu import OpenVinoBackend
+from enat.runtime.backends.openvino_cpu import CompiledGraphs
 from enat.runtime.cli import main
 from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import Preview
@@ -205,7 +205,7 @@ def test_compiled_graphs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     folder = tmp_path / "openvino" / openvino.manifest.hash[:16]
     assert {path.name.partition("-")[0] for path in folder.iterdir()} == set(GRAPHS)
     with monkeypatch.context() as without:
-        without.delattr(OpenVinoBackend, "compile")
+        without.delattr(CompiledGraphs, "compile")
         assert (draw_in(tmp_path, monkeypatch) == wanted).all()
 
 

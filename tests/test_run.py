@@ -204,7 +204,7 @@ def test_what_an_engine_is(run: Run, engines: Callable[[str], Path], monkeypatch
     found = json.loads(run("--info", "--json").stdout)
     assert found["hash"] == manifest.hash and found["bytes"] == sum(file.stat().st_size for file in manifest.folder.glob("*.onnx*"))
     assert found["sampling"] == {"steps": 8, "guidance": 2.5, "mask_temperature": 1.5, "sampling_temperature": 6.0}
-    assert found["model"]["image_size"] == 32 and "class_names" not in found["model"] and found["builds"] == []
+    assert found["model"]["image_size"] == 32 and not found["named_classes"] and found["builds"] == []
     lines = dict(line.split(maxsplit=1) for line in run("--info").stdout.splitlines() if not line.startswith("source"))
     assert lines["pictures"] == "32×32; 10 classes"
     assert lines["sampling"] == "steps 8, guidance 2.5, mask temperature 1.5, sampling temperature 6"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import re
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from enat.errors import BackendError, EngineError, ExportError, InputError
 from enat.export.convert import Precision, convert_engine
 from enat.export.profiles import graph_profiles
 from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, graph_source, read_builds, unsuited
+from enat.runtime.cli import main as run_main
 from enat.runtime.manifest import Manifest, read_manifest
 
 HERE = Platform("10.16.1.11", "NVIDIA H200", "9.0")
@@ -51,6 +53,14 @@ def listed(engine: Path, *builds: Build) -> Manifest:
         put_in_manifest(read_manifest(engine), build, folder)
         shutil.rmtree(folder.parent)
     return read_manifest(engine, verify=True)
+
+
+def test_an_engine_tells_of_its_builds(engine_copy: Path) -> None:
+    listed(engine_copy, make_build(read_manifest(engine_copy)))
+    shown = invoke(run_main, "--engine", engine_copy, "--info").stdout.splitlines()[-1]
+    assert shown == 'build     TensorRT 10.16.1.11, NVIDIA H200 (9.0), {"steps": [8], "max_batch": 4}'
+    (build,) = json.loads(invoke(run_main, "--engine", engine_copy, "--info", "--json").stdout)["builds"]
+    assert build["device"] == "NVIDIA H200" and build["options"]["weights"] == "included"
 
 
 @pytest.fixture
@@ -358,10 +368,11 @@ class Running:
 
     pipeline: Pipeline
     plans: Plans
+    lanes: list[Any]  # that were made
 
     @property
     def lane(self) -> Any:
-        (lane,) = self.pipeline.backend.lanes.made  # type: ignore[attr-defined]
+        (lane,) = self.lanes
         return lane
 
 
@@ -377,7 +388,9 @@ def running(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
     monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
     with Pipeline(manifest, backend_module.TensorRTBackend(manifest, "cuda:0")) as pipeline:
-        yield Running(pipeline, plans)
+        made, make = [], pipeline.backend.lanes.make  # type: ignore[attr-defined]
+        pipeline.backend.lanes.make = lambda: made.append(make()) or made[-1]  # type: ignore[attr-defined]
+        yield Running(pipeline, plans, made)
 
 
 def test_running_asks_tensorrt_for_what_was_meant(running: Running, engine_copy: Path) -> None:
@@ -418,7 +431,7 @@ def test_running_asks_tensorrt_for_what_was_meant(running: Running, engine_copy:
 def drawn(running: Running, images: int, steps: int = 8, callback: Any = None) -> int:
     """How many contexts a run makes; none of them while it is recorded."""
     before = len(running.plans.contexts)
-    running.plans.making = lambda: all(not lane.recording for lane in running.pipeline.backend.lanes.made)  # type: ignore[attr-defined]
+    running.plans.making = lambda: all(not lane.recording for lane in running.lanes)
     running.pipeline.generate([1] * images, seed=0, steps=steps, callback=callback)
     return len(running.plans.contexts) - before
 
@@ -488,11 +501,11 @@ def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: 
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
     backend = backend_module.TensorRTBackend(manifest, "cuda:0")
     for _ in range(2):
-        backend.engine("encoder")
+        backend.plans.engine("encoder")
     assert refits.files == [str(engine_copy / "encoder.onnx")] and refits.refitted == 1
     refits.succeeds = False
     with pytest.raises(BackendError, match=r"decoder\.onnx: TensorRT could not take the weights from it"):
-        backend.engine("decoder")
+        backend.plans.engine("decoder")
 
 
 def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class Block:
         self.arena, self.address, self.size = arena, address, size
 
     def __del__(self) -> None:
-        self.arena.unused.setdefault(self.size, []).append(self.address)
+        self.arena.put_back(self.address, self.size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Arena:
         self.reclaim = reclaim  # called where memory is short: whether unused blocks may be freed
         self.unused: dict[int, list[int]] = {}  # size → addresses
         self.total = 0
+        self.closed = False
 
     def take(self, size: int) -> Block:
         """A block of at least `size` bytes. Raises DeviceMemoryError."""
@@ -103,6 +104,16 @@ class Arena:
             address = self.device.allocate(size)
         self.total += size
         return Block(self, address, size)
+
+    def put_back(self, address: int, size: int) -> None:
+        self.unused.setdefault(size, []).append(address)
+        if self.closed:
+            self.free_unused()
+
+    def close(self) -> None:
+        """Frees what is unused, and from now on whatever nothing refers to any more: an exception may still hold a batch's tensors."""
+        self.closed = True
+        self.free_unused()
 
     def free_unused(self) -> None:
         for size, addresses in self.unused.items():

@@ -210,7 +210,7 @@ class DeviceLane(ABC):
     def close(self) -> None:
         self.enter()
         self.forget()
-        self.arena.free_unused()
+        self.arena.close()
         self.device.close()
 
 

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from ...errors import BackendError, InputError
 
 
-class OwnLane(Protocol):
+class Closable(Protocol):
     def enter(self) -> None:
         """Makes the calling thread use the lane."""
 
@@ -20,23 +20,23 @@ class OwnLane(Protocol):
         """Gives back what the lane holds."""
 
 
-AnyLane = TypeVar("AnyLane", bound=OwnLane)
+AnyLane = TypeVar("AnyLane", bound=Closable)
+CLOSED = "the pipeline was closed"
 
 
 class Lanes(Generic[AnyLane]):
     """One lane for each batch in flight, made when first needed. Who waits for one gets it in turn: a thread that draws batch after
     batch would otherwise take it again before the others wake up.
 
-    close_shared: gives back what all lanes use. Like a lane that is in use, it is closed when nobody needs it any more.
+    close_shared: gives back what all lanes use, when the last of them is closed. A lane that is in use is closed when it is given back.
     """
 
     def __init__(self, make: Callable[[], AnyLane], count: int, close_shared: Callable[[], object] = lambda: None) -> None:
         self.make = make
         self.close_shared = close_shared
         self.lock = threading.Lock()
-        self.made: list[AnyLane] = []
         self.free: list[AnyLane | None] = [None] * count  # None: a lane that is not made yet
-        self.used = 0
+        self.open = count  # lanes that are not closed
         self.holders: set[int] = set()  # threads
         self.waiting: deque[Future[AnyLane | None]] = deque()
         self.closed = False
@@ -50,74 +50,64 @@ class Lanes(Generic[AnyLane]):
         thread = threading.get_ident()
         if thread in self.holders:
             raise InputError("a callback must not ask its pipeline for other pictures: the batch being drawn holds the slot")
-        lane = self.take()
-        self.holders.add(thread)
+        turn: Future[AnyLane | None] = Future()
+        lane = None
         try:
+            self.ask(turn)
+            lane = turn.result()
+            self.holders.add(thread)
             if lane is None:
                 lane = self.make()
-                self.made.append(lane)
             lane.enter()
             yield lane
         finally:
             self.holders.discard(thread)
-            self.give(lane)
+            self.end(turn, lane)
 
-    def take(self) -> AnyLane | None:
+    def ask(self, turn: Future[AnyLane | None]) -> None:
+        """Has the turn get a lane, now or when it is its turn. Raises BackendError."""
         with self.lock:
             if self.closed:
-                raise closed()
+                raise BackendError(CLOSED)
             if self.free:
-                self.used += 1
-                return self.free.pop()
-            turn: Future[AnyLane | None] = Future()
-            self.waiting.append(turn)
-        try:
-            return turn.result()
-        except BaseException:  # interrupted, or the lanes were closed
-            with self.lock:
-                given = turn not in self.waiting and not turn.exception()
-                if turn in self.waiting:
-                    self.waiting.remove(turn)
-            if given:
-                self.give(turn.result())
-            raise
+                turn.set_result(self.free.pop())
+            else:
+                self.waiting.append(turn)
+
+    def end(self, turn: Future[AnyLane | None], lane: AnyLane | None) -> None:
+        """Gives back what the turn got, if it got anything; lane: what was made of it."""
+        with self.lock:
+            if turn in self.waiting:  # interrupted
+                self.waiting.remove(turn)
+        if turn.done() and not turn.exception():
+            self.give(lane or turn.result())
 
     def give(self, lane: AnyLane | None) -> None:
+        """Hands a lane to the next one who waits."""
         with self.lock:
             if self.waiting:
                 self.waiting.popleft().set_result(lane)
                 return
-            self.used -= 1
             if not self.closed:
                 self.free.append(lane)
                 return
-            last = not self.used
-        if lane is not None:
-            lane.close()
-        if last:
-            self.close_rest()
+        try:
+            if lane is not None:
+                lane.close()
+        finally:
+            with self.lock:
+                self.open -= 1
+                last = not self.open
+            if last:
+                self.close_shared()
 
     def close(self) -> None:
         """Closes what is not in use; the rest when it is given back. Who waits for a lane is refused."""
         with self.lock:
-            if self.closed:
-                return
             self.closed = True
             free, self.free = self.free, []
-            waiting, self.waiting = self.waiting, deque()
-            last = not self.used
-        for turn in waiting:
-            turn.set_exception(closed())
-        for lane in free:
-            if lane is not None:
-                lane.close()
-        if last:
-            self.close_rest()
-
-    def close_rest(self) -> None:
-        self.made.clear()
-        self.close_shared()
-
-
-def closed() -> BackendError:
-    return BackendError("the pipeline was closed")
+            while self.waiting:
+                self.waiting.popleft().set_exception(BackendError(CLOSED))
+        with contextlib.ExitStack() as stack:  # each of them, whatever closing another one raises
+            for lane in free:
+                stack.callback(self.give, lane)

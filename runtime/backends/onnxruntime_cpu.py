@@ -50,8 +50,9 @@ class OnnxRuntimeBackend:
             raise InputError(f"expected the device cpu, got {device!r}")
         self.device = device
         options = session_options(manifest, threads)
-        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
-        self.lanes = Lanes(lambda: OnnxRuntimeLane(self.sessions), slots, self.sessions.close)
+        sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
+        self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions), slots, sessions.close)
+        self.sessions = sessions
 
     def lease(self) -> AbstractContextManager[OnnxRuntimeLane]:
         return self.lanes.lease()

@@ -37,12 +37,12 @@ class OnnxRuntimeCudaBackend:
         self.device = f"cuda:{index}"
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        self.sessions = Sessions(
-            lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: self.providers(graph, index, manifest)
-        )
-        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), self.sessions, "cuda"), slots, self.sessions.close)
+        providers = self.providers
+        sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: providers(graph, index, manifest))
+        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda"), slots, sessions.close)
 
-    def providers(self, graph: str, index: int, manifest: Manifest) -> Providers:
+    @classmethod
+    def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
         # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
         return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0})]
 
@@ -66,7 +66,8 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         load_tensorrt()
         super().__init__(manifest, device, threads, slots)
 
-    def providers(self, graph: str, index: int, manifest: Manifest) -> Providers:
+    @classmethod
+    def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
         others = super().providers(graph, index, manifest)
         if graph == "sampler":
             return others
@@ -84,7 +85,7 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(folder),
         }
-        return [(self.provider, options), *others]
+        return [(cls.provider, options), *others]
 
 
 def check_packages(provider: str) -> None:

@@ -30,18 +30,13 @@ def int8_saturates(core: ov.Core) -> bool:
     return saturate(lambda x: probe(x)[0])
 
 
-class OpenVinoBackend:
+class CompiledGraphs:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs.
 
     fp16 engines run in bfloat16 where the CPU computes in it, else in float32. What 8-bit engines leave in float runs in float32.
     """
 
-    name = "openvino"
-
-    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        if device != "cpu":
-            raise InputError(f"expected the device cpu, got {device!r}")
-        self.device = device
+    def __init__(self, manifest: Manifest, threads: int | None) -> None:
         self.manifest = manifest
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
@@ -56,13 +51,9 @@ class OpenVinoBackend:
         if threads:
             self.options["INFERENCE_NUM_THREADS"] = threads
         self.cache = GraphCache(self.core, manifest, self.options)
-        self.loader = ThreadPoolExecutor(2)  # its threads end with the backend
+        self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
-        self.lanes = Lanes(lambda: OpenVinoLane(self), slots, self.loading.clear)
-
-    def lease(self) -> AbstractContextManager[OpenVinoLane]:
-        return self.lanes.lease()
 
     def load(self, graph: str) -> Future[CompiledGraph]:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
@@ -89,19 +80,39 @@ class OpenVinoBackend:
         return self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
 
     def close(self) -> None:
+        self.loader.shutdown(wait=False, cancel_futures=True)
+        self.loading.clear()
+
+
+class OpenVinoBackend:
+    """Lanes that run compiled graphs."""
+
+    name = "openvino"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        if device != "cpu":
+            raise InputError(f"expected the device cpu, got {device!r}")
+        self.device = device
+        self.graphs = graphs = CompiledGraphs(manifest, threads)
+        self.lanes = Lanes(lambda: OpenVinoLane(graphs), slots, graphs.close)
+
+    def lease(self) -> AbstractContextManager[OpenVinoLane]:
+        return self.lanes.lease()
+
+    def close(self) -> None:
         self.lanes.close()
 
 
 class OpenVinoLane(NumpyLane):
     """Infer requests of one batch: made once, and given tensors that lie where they are read and written."""
 
-    def __init__(self, backend: OpenVinoBackend) -> None:
-        self.backend = backend
+    def __init__(self, graphs: CompiledGraphs) -> None:
+        self.graphs = graphs
         self.requests: dict[str, tuple[Any, CompiledGraph]] = {}
 
     def request(self, graph: str) -> tuple[Any, CompiledGraph]:
         if graph not in self.requests:
-            compiled = self.backend.load(graph).result()
+            compiled = self.graphs.load(graph).result()
             self.requests[graph] = compiled.model.create_infer_request(), compiled
         return self.requests[graph]
 
@@ -114,7 +125,7 @@ class OpenVinoLane(NumpyLane):
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
         request, compiled = self.request(graph)
-        shapes = output_shapes(self.backend.manifest, graph, inputs, self.modulation_shapes)
+        shapes = output_shapes(self.graphs.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
         # OpenVINO reads and writes where they lie, and keeps none of them alive: a copy that was made here must outlive the run.
         arrays = {name: np.require(array, requirements=("C", "W")) for name, array in {**inputs, **outputs}.items()}

@@ -56,26 +56,18 @@ def refit(engine: Any, graph: Path, logger: Logger) -> None:
         raise BackendError(f"{graph}: TensorRT could not take the weights from it: {logger.error}")
 
 
-class TensorRTBackend:
-    """Plans, loaded when first run, and shared by all lanes."""
+class Plans:
+    """The plans of an engine's build, loaded when first run, and shared by all lanes."""
 
-    name = "tensorrt"
-
-    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        index = use_device(device)
-        self.device = f"cuda:{index}"
+    def __init__(self, manifest: Manifest, platform: Platform) -> None:
         self.manifest = manifest
-        self.build = choose_build(manifest, platform_of(index))
+        self.build = choose_build(manifest, platform)
         self.logger = Logger()
         self.runtime = trt.Runtime(self.logger)
         if self.build.options.get("version_compatible"):
             self.runtime.engine_host_code_allowed = True  # such plans bring a runtime of their own
         self.engines: dict[str, Any] = {}
         self.lock = threading.Lock()
-        self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), self), slots, self.engines.clear)
-
-    def lease(self) -> AbstractContextManager[DeviceLane]:
-        return self.lanes.lease()
 
     def engine(self, graph: str) -> Any:
         """A graph's ICudaEngine. Raises BackendError where TensorRT refuses the plan."""
@@ -91,6 +83,21 @@ class TensorRTBackend:
                     refit(engine, self.manifest.folder / source, self.logger)
                 self.engines[graph] = engine
             return self.engines[graph]
+
+
+class TensorRTBackend:
+    """Lanes that run plans."""
+
+    name = "tensorrt"
+
+    def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        index = use_device(device)
+        self.device = f"cuda:{index}"
+        self.plans = plans = Plans(manifest, platform_of(index))
+        self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
+
+    def lease(self) -> AbstractContextManager[DeviceLane]:
+        return self.lanes.lease()
 
     def close(self) -> None:
         self.lanes.close()
@@ -110,22 +117,22 @@ class TensorRTLane(DeviceLane):
     each program that is to be recorded its own, one for each set of shapes, as a record goes on using what it was made with.
     """
 
-    def __init__(self, manifest: Manifest, device: CudaDevice, backend: TensorRTBackend) -> None:
+    def __init__(self, manifest: Manifest, device: CudaDevice, plans: Plans) -> None:
         super().__init__(manifest, device)
-        self.backend = backend
+        self.plans = plans
         self.stream = device.stream
         self.contexts: dict[tuple[str, int], Context] = {}
         self.scratch: Block | None = None
         self.numbers: dict[int, Array] = {}  # where TensorRT reads `keep`, on the host; never written again
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        batch, most = batch_of(arrays), self.backend.build.options["max_batch"]
+        batch, most = batch_of(arrays), self.plans.build.options["max_batch"]
         if batch > most:
             raise InputError(f"{batch} images at once are too many for this TensorRT build; expected at most {most} (--max-batch)")
         return super().compute(key, arrays, program)
 
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        engine = self.backend.engine("condition")
+        engine = self.plans.engine("condition")
         return {name: tuple(engine.get_tensor_shape(name))[1:] for name in ("encoder_modulation", "decoder_modulation")}
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
@@ -137,7 +144,7 @@ class TensorRTLane(DeviceLane):
 
     def check(self, done: bool, message: str) -> None:
         if not done:
-            raise BackendError(f"{message}: {self.backend.logger.error}")
+            raise BackendError(f"{message}: {self.plans.logger.error}")
 
     def context(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> Context:
         """A context that is set to the inputs' shapes. A record needs one that has run before: TensorRT defers work to the first run."""
@@ -161,7 +168,7 @@ class TensorRTLane(DeviceLane):
         return context
 
     def profile_for(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        profile = covering_profile(self.backend.build.graphs[graph].profiles, shapes)
+        profile = covering_profile(self.plans.build.graphs[graph].profiles, shapes)
         if profile is None:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise InputError(f"{graph}: no profile of this TensorRT build covers {found}; build it again: enat-export --tensorrt")
@@ -175,9 +182,9 @@ class TensorRTLane(DeviceLane):
         return mine < CONTEXTS
 
     def new_context(self, graph: str, profile: int) -> Context:
-        execution = self.backend.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        execution = self.plans.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if execution is None:
-            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {self.backend.logger.error}")
+            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {self.plans.logger.error}")
         self.check(execution.set_optimization_profile_async(profile, self.stream), f"{graph}: TensorRT does not take its profile {profile}")
         return Context(execution)
 
@@ -193,7 +200,7 @@ class TensorRTLane(DeviceLane):
         try:
             missing = execution.infer_shapes()
         except RuntimeError as error:
-            raise BackendError(f"{graph}: TensorRT does not take its shapes: {self.backend.logger.error or error}") from error
+            raise BackendError(f"{graph}: TensorRT does not take its shapes: {self.plans.logger.error or error}") from error
         self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
         context.scratch = self.scratch_of(execution.update_device_memory_size_for_shapes())
         execution.set_device_memory(context.scratch.address, context.scratch.size)
