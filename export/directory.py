@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,12 @@ def check_target(out: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def put_in_place(out: Path, force: bool) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not."""
+    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not. Warns where one was left
+    behind, which only a process that was killed does.
+    """
     out = out.absolute()
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
+        warnings.warn(f"{left}: another export writes here, or was killed and left this; then remove it", RuntimeWarning, stacklevel=3)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}") for kind in ("partial", "old"))

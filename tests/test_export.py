@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,16 @@ def test_a_swap_that_stops_half_way(engine_copy: Path, monkeypatch: pytest.Monke
         (folder / FILE).write_text("{}")
     assert [path.name for path in engine_copy.parent.iterdir()] == ["engine"]
     assert {path.name: path.read_bytes() for path in engine_copy.iterdir()} == before
+
+
+def test_what_a_killed_export_left_is_named(engine_copy: Path) -> None:
+    left = engine_copy.with_name(".engine.1234abcd.partial")
+    left.mkdir()
+    engine_copy.with_name(".other.1234abcd.partial").mkdir()
+    warned = pytest.warns(RuntimeWarning, match=f"{left}: another export writes here, or was killed")
+    with warned as found, put_in_place(engine_copy, force=True) as folder:
+        shutil.copytree(engine_copy, folder, dirs_exist_ok=True)
+    assert len(found) == 1 and left.is_dir()
 
 
 def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
