@@ -55,7 +55,7 @@ def listed(engine: Path, *builds: Build) -> Manifest:
     return read_manifest(engine, verify=True)
 
 
-def test_an_engine_tells_of_its_builds(engine_copy: Path) -> None:
+def test_an_engine_tells_of_its_builds(trt: Any, engine_copy: Path) -> None:
     listed(engine_copy, make_build(read_manifest(engine_copy)))
     shown = invoke(run_main, "--engine", engine_copy, "--info").stdout.splitlines()[-1]
     assert shown == 'build     TensorRT 10.16.1.11, NVIDIA H200 (9.0), {"steps": [8], "max_batch": 4}'
