@@ -55,7 +55,7 @@ def main(engine: Path, backend: str, device: str, slots: str, clients: int, imag
     click.echo(f"{device_name(device)}; {engine}, {backend}, {clients} clients, {images} pictures, medians of {repeats}")
     for count, rows in found.items():
         rate, wait, memory = (statistics.median(column) for column in zip(*rows, strict=True))
-        click.echo(f"  {count:2} slots: {rate:.2f} pictures/s, {wait:.2f} s a request, {memory:.2f} GB at the peak")
+        click.echo(f"  {count:2} slots: {rate:.2f} pictures/s, {wait:.2f} s a request, {f'{memory:.2f}' if memory else '?'} GB at the peak")
 
 
 if __name__ == "__main__":

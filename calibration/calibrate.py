@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -148,12 +149,10 @@ def sensitivity(
 ) -> dict[str, float]:
     """The harm of every group, on a few of the trajectories."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        lane = SwitchedLane(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
         chosen = trajectories[:SENSITIVITY_BATCHES]
-        with progress_bar(len(groups) * len(chosen), "measurement", progress) as bar:
-            result = harms(lane, manifest, chosen, bar.update)
-        lane.close()
-    return result
+        lane = SwitchedLane(manifest, graphs, groups, ranges, settings.weight_bits, Path(folder))
+        with contextlib.closing(lane), progress_bar(len(groups) * len(chosen), "measurement", progress) as bar:
+            return harms(lane, manifest, chosen, bar.update)
 
 
 def named_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:

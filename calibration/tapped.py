@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,15 +78,16 @@ def watch_runs(
     """
     pictures = PICTURES if "image_decoder" in taps else 0
     total = sum(len(one.labels) for one in trajectories)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, progress_bar(total, "image", progress) as bar:
-        lane = TappedLane(manifest, graphs, Path(folder), taps, watch)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scratch))
+        lane = stack.enter_context(contextlib.closing(TappedLane(manifest, graphs, Path(folder), taps, watch)))
+        bar = stack.enter_context(progress_bar(total, "image", progress))
         for one in trajectories:
             replay(lane, manifest, one)
             if pictures > 0:
                 lane.run("image_decoder", {"tokens": one.tokens[:pictures], "positions": one.positions[:pictures]})
                 pictures -= len(one.labels)
             bar.update(len(one.labels))
-        lane.close()
 
 
 def save_with_outputs(model: ir.Model, path: Path, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -202,9 +203,11 @@ def convert(
         return
     assert ckpt is not None
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".float32", dir=out.absolute().parent) as folder:
+    beside = out.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".float32", dir=beside, ignore_cleanup_errors=True) as folder:
         export_checkpoint(ckpt, Path(folder), force, report, **checkpoint)
         convert_engine(Path(folder), out, *chosen, calibration_file, force, report, progress=True)
+        gc.collect()  # graphs that were read from the folder map its files
 
 
 def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_names: Path | None = None, **options: Any) -> None:

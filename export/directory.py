@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import secrets
 import shutil
 import warnings
@@ -33,7 +34,7 @@ def check_target(out: Path, force: bool) -> None:
     """Raises InputError where `out` exists and may not be replaced, or cannot be made."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: exists and is not a directory")
-    if out.is_mount():
+    if os.path.ismount(out):
         raise InputError(f"{out}: a mount point cannot be replaced; choose a folder in it")
     if out.exists() and any(out.iterdir()):
         if not force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +30,14 @@ def layer_errors(engine: Pipeline, reference: Pipeline, seed: int = 0, classes: 
     wanted, found = watched(reference), watched(engine)
     layers = [name for name in wanted if name in found]
     sums = {name: np.zeros(2) for name in layers}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         lanes = []
         for number, (pipeline, products) in enumerate(((reference, wanted), (engine, found))):
             copies = Path(folder) / str(number)
             copies.mkdir()
-            lanes.append(tapped(pipeline, [products[name] for name in layers], copies))
+            lane, seen = tapped(pipeline, [products[name] for name in layers], copies)
+            stack.enter_context(contextlib.closing(lane))
+            lanes.append((lane, seen))
         for trajectory in trajectories:
             outputs = []
             for (lane, seen), pipeline in zip(lanes, (reference, engine), strict=True):

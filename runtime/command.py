@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import signal
 import sys
 import warnings
@@ -26,6 +27,8 @@ class Command(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         debug = "--debug" in (kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
+        if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may not know every letter
+            sys.stdout.reconfigure(errors="replace")
         warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
         # SIGTERM unwinds like Ctrl-C, so that what is half done is cleaned up.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
-    place = out if out.is_mount() else out.parent
+    place = out if os.path.ismount(out) else out.parent
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=place))
     try:
         for name, config in models.items():

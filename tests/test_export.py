@@ -162,7 +162,7 @@ def test_what_a_killed_export_left_is_named(engine_copy: Path) -> None:
 
 
 def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     refused(export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path), "a mount point cannot be replaced; choose a folder in it")
 
 

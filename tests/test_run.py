@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -210,6 +211,14 @@ def test_what_an_engine_is(run: Run, engines: Callable[[str], Path], monkeypatch
     assert lines["sampling"] == "steps 8, guidance 2.5, mask temperature 1.5, sampling temperature 6"
     assert set(lines["graphs"].split(", ")) == set(found["graphs"]) == {path.stem for path in manifest.folder.glob("*.onnx")}
     assert run("--list-classes").stdout.split() == [str(i) for i in range(10)]
+
+
+def test_an_output_that_does_not_know_every_letter() -> None:
+    """As consoles and files of Windows; nothing ends for it."""
+    code = "import sys; from enat.runtime.cli import main; main(['--info'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1251", "PYTHONUTF8": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert result.returncode == 0 and b"64?64; 36 classes" in result.stdout, result.stderr
 
 
 def test_what_an_engine_from_anywhere_says_of_itself(run: Run, engine_copy: Path) -> None:

@@ -174,7 +174,7 @@ def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatc
 
 
 def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "models")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "models")
     (tmp_path / "models").mkdir()
     rename = Path.rename
 

@@ -66,8 +66,11 @@ int machine_threads() { return static_cast<int>(std::max(1l, sysconf(_SC_NPROCES
 
 int allowed_threads() {
     const int count = machine_threads();
+    int allowed = count;
+#ifdef __linux__
     cpu_set_t set;
-    int allowed = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : count;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) allowed = CPU_COUNT(&set);
+#endif
     const auto quota = least_quota();
     if (quota) allowed = static_cast<int>(std::min<double>(allowed, std::ceil(*quota)));
     return allowed < count ? allowed : 0;

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from ... import __version__
 from ...errors import InputError
 from ...errors import reason as system_reason
 from ..files import WholeFile
@@ -104,8 +105,11 @@ class GraphCache:
 
 
 def rewrites() -> str:
-    """The hash of how graphs are rewritten."""
-    return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()
+    """The hash of how graphs are rewritten; where there are no sources, as in frozen programs, enat's version stands for it."""
+    try:
+        return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()
+    except OSError:
+        return __version__
 
 
 def writable_folder(manifest: Manifest) -> Path | None:
