@@ -202,8 +202,8 @@ def convert(
         convert_engine(engine, out, *chosen, calibration_file, force, report, progress=True)
         return
     assert ckpt is not None
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     beside = out.absolute().parent
+    beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".float32", dir=beside, ignore_cleanup_errors=True) as folder:
         export_checkpoint(ckpt, Path(folder), force, report, **checkpoint)
         convert_engine(Path(folder), out, *chosen, calibration_file, force, report, progress=True)

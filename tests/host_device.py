@@ -6,7 +6,6 @@ What it cannot tell is whether CUDA and TensorRT do what is asked of them; tests
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,7 @@ import onnxruntime as ort
 
 from enat.runtime.backends import Array
 from enat.runtime.backends.device import ALIGNMENT, DeviceMemoryError, DeviceTensor
-from enat.runtime.backends.device_lane import DeviceLane
-from enat.runtime.backends.lanes import Lanes
+from enat.runtime.backends.lanes import LaneBackend, Lanes
 from enat.runtime.backends.onnxruntime_cuda import OrtLane
 from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.manifest import Manifest
@@ -117,7 +115,7 @@ class HostLane(OrtLane):
         self.device.do(lambda: run(graph, *bare))
 
 
-class HostBackend:
+class HostBackend(LaneBackend[HostLane]):
     name = "host"
     device = "cpu"
 
@@ -125,8 +123,10 @@ class HostBackend:
         self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options or ort.SessionOptions(), lambda graph: CPU)
         self.lanes = Lanes(lambda: HostLane(manifest, HostDevice(limit), self.sessions, "cpu"), slots, self.sessions.close)
 
-    def lease(self) -> AbstractContextManager[DeviceLane]:
-        return self.lanes.lease()
 
-    def close(self) -> None:
-        self.lanes.close()
+def lanes_made(backend: LaneBackend[Any]) -> list[Any]:
+    """Every lane that the backend makes from now on."""
+    made: list[Any] = []
+    make = backend.lanes.make
+    backend.lanes.make = lambda: made.append(make()) or made[-1]  # type: ignore[func-returns-value]
+    return made

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HostBackend, HostDevice, HostLane
+from host_device import HostBackend, HostDevice, HostLane, lanes_made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,9 +158,12 @@ def test_encode_decode_and_previews(pipe: Pipeline, host: Pipeline) -> None:
 
 
 def test_several_batches_in_flight(pipe: Pipeline) -> None:
-    with Pipeline(pipe.manifest, HostBackend(pipe.manifest, slots=3)) as pipeline, ThreadPoolExecutor(8) as pool:
+    backend = HostBackend(pipe.manifest, slots=3)
+    made = lanes_made(backend)
+    with Pipeline(pipe.manifest, backend) as pipeline, ThreadPoolExecutor(8) as pool:
         seeds = range(40)
         found = list(pool.map(lambda seed: pipeline.generate([seed % 10], seed=seed), seeds))
+        assert len(made) <= 3
     for seed, pictures in zip(seeds, found, strict=True):
         assert (pictures == pipe.generate([seed % 10], seed=seed)).all()
 

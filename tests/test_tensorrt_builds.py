@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import pytest
 from conftest import invoke, modulation
-from host_device import HostDevice
+from host_device import HostDevice, lanes_made
 from tensorrt_operators import objections
 from tensorrt_stand_in import StandIn, import_tensorrt, signatures
 
@@ -387,9 +387,9 @@ def running(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
     monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
-    with Pipeline(manifest, backend_module.TensorRTBackend(manifest, "cuda:0")) as pipeline:
-        made, make = [], pipeline.backend.lanes.make  # type: ignore[attr-defined]
-        pipeline.backend.lanes.make = lambda: made.append(make()) or made[-1]  # type: ignore[attr-defined]
+    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
+    made = lanes_made(backend)
+    with Pipeline(manifest, backend) as pipeline:
         yield Running(pipeline, plans, made)
 
 

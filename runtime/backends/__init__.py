@@ -83,8 +83,8 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     """Loads an engine's graphs into a backend.
 
     name: one of BACKENDS, or "auto" for the first of AUTO that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU,
-    all that the process may use by default. slots: batches in flight at once. Raises InputError for words and numbers that it
-    does not know, BackendError where the backend is not installed or cannot load the graphs.
+    all that the process may use by default. slots: batches in flight at once. Raises InputError for words and numbers that it does not
+    know, BackendError where the backend is not installed or cannot load the graphs.
     """
     kind = device.split(":")[0]
     if kind not in AUTO:
@@ -117,6 +117,8 @@ def in_order(kind: str, dim: int) -> Sequence[str]:
 def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Backend:
     if kind not in BACKENDS[name]:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
+    if kind == "cpu" and device != kind:
+        raise InputError(f"expected the device cpu, got {device!r}")
     module, cls = BACKENDS[name][kind]
     try:
         backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)

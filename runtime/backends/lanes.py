@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
 from ...errors import BackendError, InputError
@@ -22,6 +23,18 @@ class Closable(Protocol):
 
 AnyLane = TypeVar("AnyLane", bound=Closable)
 CLOSED = "the pipeline was closed"
+
+
+class LaneBackend(Generic[AnyLane]):
+    """What a backend does whose graphs its lanes run."""
+
+    lanes: Lanes[AnyLane]
+
+    def lease(self) -> AbstractContextManager[AnyLane]:
+        return self.lanes.lease()
+
+    def close(self) -> None:
+        self.lanes.close()
 
 
 class Lanes(Generic[AnyLane]):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import onnxruntime as ort
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
-from .lanes import Lanes
+from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
 from .sessions import CPU, Sessions, first_line
 
@@ -40,25 +39,17 @@ def session_options(manifest: Manifest, threads: int | None = None) -> ort.Sessi
     return options
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
     """One session a graph, made when the graph is first run, and shared by all lanes."""
 
     name = "onnxruntime"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        if device != "cpu":
-            raise InputError(f"expected the device cpu, got {device!r}")
         self.device = device
         options = session_options(manifest, threads)
         sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
         self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions), slots, sessions.close)
         self.sessions = sessions
-
-    def lease(self) -> AbstractContextManager[OnnxRuntimeLane]:
-        return self.lanes.lease()
-
-    def close(self) -> None:
-        self.lanes.close()
 
 
 class OnnxRuntimeLane(NumpyLane):

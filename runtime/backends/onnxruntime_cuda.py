@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 
 import numpy as np
 import onnxruntime as ort
@@ -16,7 +15,7 @@ from . import Array
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane
-from .lanes import Lanes
+from .lanes import LaneBackend, Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -24,7 +23,7 @@ MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[cuda]'
 TENSORRT_MAJOR = 10  # whose libnvinfer.so ONNX Runtime's TensorRT provider is linked with
 
 
-class OnnxRuntimeCudaBackend:
+class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
     """Sessions on the CUDA execution provider. ONNX Runtime keeps streams of its own and waits at the end of each run."""
 
     name = "onnxruntime"
@@ -45,12 +44,6 @@ class OnnxRuntimeCudaBackend:
     def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
         # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
         return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0})]
-
-    def lease(self) -> AbstractContextManager[DeviceLane]:
-        return self.lanes.lease()
-
-    def close(self) -> None:
-        self.lanes.close()
 
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):

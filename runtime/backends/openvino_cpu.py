@@ -5,19 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
 from .contract import output_shapes
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
-from .lanes import Lanes
+from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
@@ -84,23 +83,15 @@ class CompiledGraphs:
         self.loading.clear()
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
     """Lanes that run compiled graphs."""
 
     name = "openvino"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        if device != "cpu":
-            raise InputError(f"expected the device cpu, got {device!r}")
         self.device = device
         self.graphs = graphs = CompiledGraphs(manifest, threads)
         self.lanes = Lanes(lambda: OpenVinoLane(graphs), slots, graphs.close)
-
-    def lease(self) -> AbstractContextManager[OpenVinoLane]:
-        return self.lanes.lease()
-
-    def close(self) -> None:
-        self.lanes.close()
 
 
 class OpenVinoLane(NumpyLane):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from . import Array, Program
 from .cuda import CudaDevice, device_facts, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane, batch_of
-from .lanes import Lanes
+from .lanes import LaneBackend, Lanes
 
 CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
 
@@ -85,7 +84,7 @@ class Plans:
             return self.engines[graph]
 
 
-class TensorRTBackend:
+class TensorRTBackend(LaneBackend["TensorRTLane"]):
     """Lanes that run plans."""
 
     name = "tensorrt"
@@ -95,12 +94,6 @@ class TensorRTBackend:
         self.device = f"cuda:{index}"
         self.plans = plans = Plans(manifest, platform_of(index))
         self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
-
-    def lease(self) -> AbstractContextManager[DeviceLane]:
-        return self.lanes.lease()
-
-    def close(self) -> None:
-        self.lanes.close()
 
 
 @dataclass
