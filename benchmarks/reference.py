@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,14 @@ from ..models.network import Block, Network
 from ..runtime.schedule import Step
 
 
-def attention(block: Block, x: Tensor, y: Tensor | None) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def attention(block: Block, x: Tensor, y: Tensor, split: int) -> Tensor:
+    """x [B, N, D] own tokens; y [B, split + N, D] the context and the own tokens again."""
     attn = block.attn
-    key_value = attn.kv["B"](x)
-    if y is not None:
-        key_value = torch.cat((attn.kv["A"](y), key_value), dim=1)
+    key_value = torch.cat((attn.kv["A"](y[:, :split]), attn.kv["B"](y[:, split:])), dim=1) if split else attn.kv["B"](y)
     query = attn.split_heads(attn.q(x))
     key, value = map(attn.split_heads, key_value.chunk(2, dim=-1))
     scores = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
@@ -30,50 +34,54 @@ def attention(block: Block, x: Tensor, y: Tensor | None) -> Tensor:
     return attn.proj(x.transpose(1, 2).flatten(2))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def run_block(block: Block, x: Tensor, context: Tensor | None, condition: Tensor) -> Tensor:
+def run_block(block: Block, x: Tensor, context: Tensor, condition: Tensor) -> Tensor:
     chunks = block.adaLN_modulation(condition).chunk(8, dim=1)
     shift_self, scale_self, shift_context, scale_context, gate_attn, shift_mlp, scale_mlp, gate_mlp = chunks
-    y = None if context is None else modulate(context, shift_context, scale_context)
-    x = x + gate_attn.unsqueeze(1) * attention(block, modulate(x, shift_self, scale_self), y)
+    # The own tokens stand behind the context, and are normalized there and for the queries.
+    y, split = torch.cat((context, x), dim=1), context.shape[1]
+    y = torch.cat((modulate(y[:, :split], shift_context, scale_context), modulate(y[:, split:], shift_self, scale_self)), dim=1)
+    x = x + gate_attn.unsqueeze(1) * attention(block, modulate(x, shift_self, scale_self), y, split)
     return x + gate_mlp.unsqueeze(1) * block.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
-def run_network(
-    network: Network, ids: Tensor, new: Tensor, seen: Tensor, features: Tensor | None, labels: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """One step for one branch.
+class Branch(NamedTuple):
+    """What one guidance branch carries into its next step."""
 
-    ids [B, L] with codes for [MASK]; new, seen: positions of the tokens revealed by the last step and before it [B, ·]; features
-    [B, seen, D] of the seen ones → logits [B, L, K] of all positions, features of all visible tokens.
-    """
+    features: Tensor  # [B, L, D]: of all positions
+    is_masked: Tensor  # [B, L]
+
+
+def run_network(network: Network, ids: Tensor, labels: Tensor, previous: Branch | None) -> tuple[Tensor, Branch]:
+    """One step for one branch: ids [B, L] with codes for [MASK]; labels [B] → logits [B, L, K] of all positions."""
     config = network.config
     batch, length = ids.shape
     condition = network.y_embedder(labels)
-    everything = network.x_embedder(ids, torch.arange(length).expand(batch, -1))
-    pick = lambda positions: everything.gather(1, positions[..., None].expand(-1, -1, config.dim))  # noqa: E731
-    context = None if features is None else network.prev_proj(features)
-    visible = None
-    if new.shape[1] or seen.shape[1]:
-        x = pick(new)
+    x = network.x_embedder(ids, torch.arange(length)[None])
+
+    def pick(grid: Tensor, which: Tensor) -> Tensor:
+        return grid[which].view(batch, -1, config.dim)
+
+    is_masked = ids == config.mask_token
+    is_new, context = ~is_masked, x[:, :0]
+    if previous is not None:
+        is_new = is_new & previous.is_masked
+        context = network.prev_proj(pick(previous.features, ~previous.is_masked)).to(x.dtype)
+    new = pick(x, is_new)
+    if new.shape[1]:
         for block in network.encoder_blocks:
-            x = run_block(block, x, context, condition)  # type: ignore[arg-type]
-        visible = x if context is None else torch.cat((context, x), dim=1)
-    order = torch.cat((seen, new), dim=1)
-    is_masked = torch.ones(batch, length, dtype=torch.bool).scatter(1, order, False)
-    masked = is_masked.nonzero()[:, 1].view(batch, -1)
-    x = pick(masked)
+            new = run_block(block, new, context, condition)  # type: ignore[arg-type]
+    # All visible ones, in the order of their positions.
+    visible = torch.empty_like(x)
+    visible[is_new] = new.flatten(0, 1).to(x.dtype)
+    visible[~is_masked & ~is_new] = context.flatten(0, 1)
+    visible = pick(visible, ~is_masked)
+    masked = pick(x, is_masked)
     for block in network.decoder_blocks:
-        x = run_block(block, x, visible, condition)  # type: ignore[arg-type]
-    # Back onto the grid, and the logits of all positions.
-    full = torch.zeros(batch, length, config.dim)
-    full = full.scatter(1, masked[..., None].expand(-1, -1, config.dim), x)
-    if visible is not None:
-        full = full.scatter(1, order[..., None].expand(-1, -1, config.dim), visible)
-    return network.mlm_layer(network.norm(full), network.x_embedder.word_embeddings.weight), visible
+        masked = run_block(block, masked, visible, condition)  # type: ignore[arg-type]
+    features = torch.empty_like(x).masked_scatter(~is_masked[..., None], visible)
+    features = features.masked_scatter(is_masked[..., None], masked.to(x.dtype))
+    logits = network.mlm_layer(network.norm(features), network.x_embedder.word_embeddings.weight)
+    return logits, Branch(features, is_masked)
 
 
 @torch.inference_mode()
@@ -85,13 +93,12 @@ def generate_tokens(network: Network, labels: Sequence[int], steps: Sequence[Ste
     conditional = torch.tensor(labels)
     null = torch.full_like(conditional, config.null_class)
     ids = torch.full((batch, length), config.mask_token)
-    new = seen = torch.empty(batch, 0, dtype=torch.long)
-    features: dict[str, Tensor | None] = {"conditional": None, "unconditional": None}
+    branch = null_branch = None
     for step in steps:
-        logits, features["conditional"] = run_network(network, ids, new, seen, features["conditional"], conditional)
+        logits, branch = run_network(network, ids, conditional, branch)
         # Both branches at every step, the first too, where the guidance is 0.
-        other, features["unconditional"] = run_network(network, ids, new, seen, features["unconditional"], null)
-        logits = logits + step.guidance * (logits - other)
+        null_logits, null_branch = run_network(network, ids, null, null_branch)
+        logits = logits + step.guidance * (logits - null_logits)
         logp = logits.log_softmax(-1)
         sampled = torch.distributions.Categorical(logits=logp / step.sampling_temperature).sample()
         is_masked = ids == config.mask_token
@@ -100,8 +107,5 @@ def generate_tokens(network: Network, labels: Sequence[int], steps: Sequence[Ste
         confidence = logp.gather(2, sampled[..., None]).squeeze(2) + step.mask_temperature * gumbel
         confidence = torch.where(is_masked, confidence, math.inf)
         stay = confidence.argsort(1)[:, : step.keep]
-        revealed = torch.where(is_masked, sampled, ids).scatter(1, stay, config.mask_token)
-        seen = torch.cat((seen, new), dim=1)
-        new = (is_masked & (revealed != config.mask_token)).nonzero()[:, 1].view(batch, -1)
-        ids = revealed
+        ids = sampled.scatter(1, stay, config.mask_token)
     return ids

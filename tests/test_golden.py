@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Golden
 
-from enat.benchmarks.reference import run_network
+from enat.benchmarks.reference import Branch, run_network
 from enat.models.checkpoint import load_network, load_tokenizer
 from enat.runtime.backends import Lane, open_backend
 from enat.runtime.manifest import read_manifest
@@ -73,15 +73,13 @@ def test_benchmark_reference(golden: Golden) -> None:
     run = golden.load("trajectory")
     labels = torch.from_numpy(run["labels"])
     branches = {"cond_logits": labels, "uncond_logits": torch.full_like(labels, network.config.null_class)}
-    features: dict[str, torch.Tensor | None] = dict.fromkeys(branches)
-    seen = torch.empty(len(labels), 0, dtype=torch.long)
+    previous: dict[str, Branch | None] = dict.fromkeys(branches)
     with torch.inference_mode():
-        for step, wanted in trajectory(golden):
-            ids, new = torch.from_numpy(run["ids"][step.index]), torch.from_numpy(wanted["new"])
+        for step, _ in trajectory(golden):
             for name, branch_labels in branches.items():
-                logits, features[name] = run_network(network, ids, new, seen, features[name], branch_labels)
+                ids = torch.from_numpy(run["ids"][step.index])
+                logits, previous[name] = run_network(network, ids, branch_labels, previous[name])
                 np.testing.assert_allclose(logits, run[name][step.index], atol=TOLERANCE, rtol=0)
-            seen = torch.cat((seen, new), dim=1)
 
 
 def test_tokenizer(golden: Golden) -> None:
