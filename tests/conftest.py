@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return engine
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Arguments of enat-export for a network of one block a half: where an export is waited for, but not what it exports."""
+    import torch
+
+    path = tmp_path_factory.mktemp("smallest") / "net.pth"
+    state = torch.load(read_golden("tiny").ckpt, weights_only=True)
+    torch.save({key: value for key, value in state.items() if not re.search(r"\bblocks\.[2-9]", key)}, path)
+    return "--ckpt", path, "--heads", 3, "--encoder-depth", 1
 
 
 @pytest.fixture

@@ -120,8 +120,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert pipeline.generate_tokens(["c"], seed=1).shape == (1, 8, 8)
 
 
-def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, tmp_path: Path) -> None:
-    arguments = ("--ckpt", TINY.ckpt, *SPLIT)
+def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: tuple[object, ...], tmp_path: Path) -> None:
+    arguments = smallest
     refused(export(*arguments, "--out", engine_copy), "engine: exists; --force replaces it")
     assert export(*arguments, "--out", engine_copy, "--force").exit_code == 0
     assert not (engine_copy / "image_decoder.onnx").exists()
@@ -176,11 +176,11 @@ def test_class_names_as_windows_writes_them(tmp_path: Path, monkeypatch: pytest.
     refused(export("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names, "--out", tmp_path / "x"), "names.txt: expected UTF-8 text")
 
 
-def test_an_interrupted_export_leaves_nothing(engine_copy: Path) -> None:
+def test_an_interrupted_export_leaves_nothing(engine_copy: Path, smallest: tuple[object, ...]) -> None:
     """SIGTERM while it works, over an engine that exists: that one stays, and nothing lies beside it."""
     before = {path.name: path.read_bytes() for path in engine_copy.iterdir()}
     code = "from enat.export.cli import main; main()"
-    command = [sys.executable, "-c", code, "--ckpt", str(TINY.ckpt), *SPLIT, "--out", str(engine_copy), "--force"]
+    command = [sys.executable, "-c", code, *map(str, smallest), "--out", str(engine_copy), "--force"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(list(engine_copy.parent.glob(".engine.*.partial/*"))) < 1 and time.monotonic() < deadline:
@@ -192,12 +192,14 @@ def test_an_interrupted_export_leaves_nothing(engine_copy: Path) -> None:
     assert {path.name: path.read_bytes() for path in engine_copy.iterdir()} == before
 
 
-def test_a_graph_that_computes_something_else_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_computes_something_else_is_not_put_in_place(
+    tmp_path: Path, smallest: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from enat.export import verify
 
     right = verify.reference_sampler
     monkeypatch.setattr(verify, "reference_sampler", lambda **inputs: right(**{**inputs, "guidance": inputs["guidance"] + 1}))
-    result = export("--ckpt", TINY.ckpt, *SPLIT, "--out", tmp_path / "engine")
+    result = export(*smallest, "--out", tmp_path / "engine")
     refused(result, "sampler.onnx", "differs from PyTorch", code=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -325,11 +327,11 @@ def test_external_data(engines: Callable[[str], Path], tmp_path: Path, monkeypat
     assert np.array_equal(found, expected)
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path, smallest: tuple[object, ...]) -> None:
     """No file may grow beyond 200 kB, which the encoder would: one line, exit code 1, nothing left."""
     code = "from enat.export.cli import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, "--ckpt", str(TINY.ckpt), *SPLIT, "--out", str(tmp_path / "engine")],
+        [sys.executable, "-c", code, *map(str, smallest), "--out", str(tmp_path / "engine")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
         capture_output=True,
         text=True,

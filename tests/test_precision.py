@@ -292,10 +292,9 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused(result, "--precision int8 needs", "pip install 'enat[calibration]'")
 
 
-def test_precision_in_one_go_with_a_checkpoint(tmp_path: Path) -> None:
-    case = read_golden("tiny")
+def test_precision_in_one_go_with_a_checkpoint(tmp_path: Path, smallest: tuple[object, ...]) -> None:
     result = invoke(
-        export_main, "--ckpt", case.ckpt, "--vqgan", case.vqgan, "--heads", 3, "--encoder-depth", 3, "--precision", "int8",
+        export_main, *smallest, "--vqgan", read_golden("tiny").vqgan, "--precision", "int8",
         "--float-type", "fp16", "--calibration-images", 8, "--modulation", "float", "--out", tmp_path / "int8",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import invoke, read_golden, refused
+from conftest import invoke, refused
 from PIL import Image
 
 from enat import Pipeline
@@ -84,10 +84,10 @@ def test_enat_verify_to_read(fp16: Path) -> None:
         assert words in result.stdout
 
 
-def test_an_engine_of_tokens_alone(tmp_path: Path) -> None:
+def test_an_engine_of_tokens_alone(tmp_path: Path, smallest: tuple[object, ...]) -> None:
     """No image decoder, no guidance, images that do not fill the batches."""
-    case, engine = read_golden("tiny"), tmp_path / "engine"
-    result = invoke(export_main, "--ckpt", case.ckpt, "--heads", 3, "--encoder-depth", 3, "--guidance", 0, "--steps", 3, "--out", engine)
+    engine = tmp_path / "engine"
+    result = invoke(export_main, *smallest, "--guidance", 0, "--steps", 3, "--out", engine)
     assert result.exit_code == 0, result.stderr
     for name, options in (("fp16", ()), ("int8", ("--calibration-images", 9))):
         result = invoke(export_main, "--engine", engine, "--precision", name, "--out", tmp_path / name, *options)
