@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -92,6 +93,9 @@ def main(
         for steps in parse_numbers("--steps", steps_text) or (first.manifest.sampling.steps,)
         for batch in batches
     ]
+    sizes = [dataclasses.replace(one.pipeline.manifest.model, class_names=None) for one in pipes]
+    if compared and any(size != sizes[0] for size in sizes):
+        raise InputError("the engines are of different sizes, so one reference does not serve them; measure them apart")
     for case in cases:
         schedules = [one.pipeline.schedule(case.steps) for one in pipes]  # refuses what is out of range
         if compared and any(schedule != schedules[0] for schedule in schedules):

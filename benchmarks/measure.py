@@ -86,6 +86,7 @@ class WatchedLane:
     """A lane that waits for each graph before the next."""
 
     records = False
+    dry = False
 
     def __init__(self, lane: Lane, launches: list[Launch]) -> None:
         self.lane, self.launches = lane, launches

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from ..errors import InputError
 from ..runtime.command import Command, parse_numbers
 from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
 from .footprint import resident_memory
@@ -49,6 +50,9 @@ def serve(engine: Path, backend: str, device: str, slots: int, clients: int, ima
 def main(engine: Path, backend: str, device: str, slots: str, clients: int, images: int, repeats: int) -> None:
     """Print throughput, waiting and memory by number of slots, each time in a process of its own, in turn."""
     counts = parse_numbers("--slots", slots)
+    for name, value in (("clients", clients), ("images", images), ("repeats", repeats)):
+        if value < 1:
+            raise InputError(f"--{name}: expected 1 or more, got {value}")
     found: dict[int, list[tuple[float, float, int | None]]] = {count: [] for count in counts}
     for _ in range(repeats):
         for count in counts:

@@ -68,6 +68,7 @@ class CompiledBackend:
 
     name = "torch.compile"
     records = False
+    dry = False
 
     def __init__(self, models: TorchModels, dtype: torch.dtype | None) -> None:
         self.models, self.dtype, self.device = models, dtype, str(models.device)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..graph_file import save
 from ..runtime.backends.onnxruntime_cpu import OnnxRuntimeLane, session_options
 from ..runtime.backends.sessions import CPU, Sessions
+from ..runtime.cores import allowed_threads
 from ..runtime.manifest import Manifest
 from ..runtime.progress import progress_bar
 from .products import Graphs
@@ -44,7 +45,7 @@ class TappedLane(OnnxRuntimeLane):
         def path(graph: str) -> Path:
             return folder / f"{graph}.onnx" if graph in replaced else manifest.path(f"{graph}.onnx")
 
-        super().__init__(Sessions(path, session_options(manifest), lambda graph: CPU))
+        super().__init__(Sessions(path, session_options(manifest, allowed_threads()), lambda graph: CPU))
         self.taps = dict(taps or {})
         self.watch = watch
         self.extra_inputs: dict[str, dict[str, Array]] = {}

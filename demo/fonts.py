@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ def unpack(package: str, out: Path) -> Path:
         archives.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", "-qq", package], cwd=archives, check=True)
         archive = next(archives.glob(f"{package}_*.deb"))
-        subprocess.run(["dpkg", "-x", str(archive), str(target)], check=True)
+        partial = out / f"{package}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run(["dpkg", "-x", str(archive), str(partial)], check=True)
+        partial.rename(target)
     return target
 
 

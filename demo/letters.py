@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ..runtime.files import WholeFile
 from .fonts import CLASSES, read_fonts
 
 IMAGE_SIZE = 64
@@ -28,7 +29,8 @@ class Glyphs:
         cache = folder / f"glyphs-{split}.npy"
         if not cache.exists():
             masks = np.stack([draw_font(folder / font.path) for font in tqdm(fonts, desc=f"drawing {split} fonts")])
-            np.save(cache, masks)
+            with WholeFile(cache) as partial, partial.open("wb") as file:
+                np.save(file, masks)
         self.masks: Pictures = np.load(cache, mmap_mode="r")
         names = sorted({font.family for font in fonts})
         self.families = [[i for i, font in enumerate(fonts) if font.family == name] for name in names]

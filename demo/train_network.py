@@ -18,6 +18,8 @@ from tqdm import tqdm
 from ..models.checkpoint import load_tokenizer
 from ..models.network import Network, NetworkConfig
 from ..models.tokenizer import Tokenizer
+from ..runtime.files import WholeFile
+from ..runtime.manifest import sha256
 from .fonts import CLASSES
 from .letters import Glyphs, draw_pictures
 from .training import Run, as_images, autocast, pick_device, warmup_cosine
@@ -52,13 +54,17 @@ def encode_pictures(tokenizer: Tokenizer, pictures: np.ndarray, device: torch.de
 
 
 def training_tokens(cache: Path, fonts: Path, tokenizer: Path, pictures: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The training pictures as tokens [N, L] and their labels [N], drawn and encoded once."""
-    if not cache.exists():
-        drawn, labels = draw_pictures(Glyphs(fonts, "train"), pictures, seed=1)
-        tokens = encode_pictures(load_tokenizer(tokenizer).to(device), drawn, device)
-        np.savez(cache, tokens=tokens.numpy(), labels=labels)
-    data = np.load(cache)
-    return torch.from_numpy(data["tokens"]).long(), torch.from_numpy(data["labels"])
+    """The training pictures as tokens [N, L] and their labels [N], drawn and encoded once for a tokenizer and a number of pictures."""
+    made_from = f"{sha256(tokenizer)} {pictures}"
+    if cache.exists():
+        with np.load(cache) as data:
+            if data["made_from"] == made_from:
+                return torch.from_numpy(data["tokens"]).long(), torch.from_numpy(data["labels"])
+    drawn, labels = draw_pictures(Glyphs(fonts, "train"), pictures, seed=1)
+    tokens = encode_pictures(load_tokenizer(tokenizer).to(device), drawn, device)
+    with WholeFile(cache) as partial, partial.open("wb") as file:
+        np.savez(file, tokens=tokens.numpy(), labels=labels, made_from=made_from)
+    return tokens.long(), torch.from_numpy(labels)
 
 
 def training_loss(network: Network, ema: Network, tokens: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..runtime.files import WholeFile
+
 
 def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -45,6 +47,7 @@ class Run:
         self.step = 0
         self.saved = self.logged = time.monotonic()
         self.sums: dict[str, float] = {}
+        self.summed = 0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
             state = torch.load(folder / "state.pt", weights_only=True)
@@ -52,11 +55,21 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             print(f"going on from step {self.step} of {steps}")
+        self.forget_lost_steps()
+
+    def forget_lost_steps(self) -> None:
+        """Takes steps out of the log that were run after the last save, and are run again."""
+        log = self.folder / "log.csv"
+        if log.exists():
+            with log.open(newline="") as file:
+                head, *rows = csv.reader(file)
+            with WholeFile(log) as partial, partial.open("w", newline="") as file:
+                csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= self.step)])
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}
-        torch.save(state, self.folder / "state.pt.part")
-        (self.folder / "state.pt.part").replace(self.folder / "state.pt")
+        with WholeFile(self.folder / "state.pt") as partial:
+            torch.save(state, partial)
         self.saved = time.monotonic()
 
     def finish_step(self, **losses: torch.Tensor) -> None:
@@ -64,10 +77,11 @@ class Run:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(loss.detach())
         self.step += 1
+        self.summed += 1
         if self.step % self.log_every == 0:
             now = time.monotonic()
-            row = {name: round(total / self.log_every, 5) for name, total in self.sums.items()}
-            rate = self.log_every / (now - self.logged)
+            row = {name: round(total / self.summed, 5) for name, total in self.sums.items()}
+            rate = self.summed / (now - self.logged)
             print(
                 f"step {self.step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()) + f"  {rate:.2f} steps/s", flush=True
             )
@@ -78,6 +92,6 @@ class Run:
                 if new:
                     writer.writerow(["step", *row])
                 writer.writerow([self.step, *row.values()])
-            self.sums, self.logged = {}, now
+            self.sums, self.summed, self.logged = {}, 0, now
         if self.step == self.steps or time.monotonic() - self.saved > self.save_seconds:
             self.save()

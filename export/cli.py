@@ -167,7 +167,8 @@ def main(
         check_options(**building)
     written = engine
     if out is not None:
-        check_target(out, force)
+        # What later steps read too: nothing may go before they find out.
+        check_target(out, force, (ckpt, engine, *(options[name] for name in ("vqgan", "class_names", "refit", "timing_cache"))))
         written = out
         if numbers:
             checkpoint["steps"] = numbers[0]
@@ -214,7 +215,7 @@ def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_nam
     with needs("export,cpu", "exporting a checkpoint"):
         from .engine import export_engine
     try:
-        names = class_names.read_text("utf-8-sig").splitlines() if class_names else None
+        names = [line.strip() for line in class_names.read_text("utf-8-sig").splitlines()] if class_names else None
     except UnicodeDecodeError as error:
         raise InputError(f"{class_names}: expected UTF-8 text, a class name a line ({error})") from error
     sampling: dict[str, Any] = {name: options.pop(name) for name in ("steps", "cfg_scale", "mask_temp", "samp_temp") if name in options}

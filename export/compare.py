@@ -86,9 +86,11 @@ def compare(
     seed: int = 0,
     classes: Sequence[int] | None = None,
     batch_size: int = 8,
+    keep_pictures: bool = False,
     progress: bool = False,
 ) -> Comparison:
-    """Compares an engine with another of the same model: `images` pictures over the classes, image i with seed + i.
+    """Compares an engine with another of the same model: `images` pictures over the classes, image i with seed + i. keep_pictures: give
+    those of the free runs too.
 
     Raises InputError where they are not of the same model, ExportError where a value is not finite.
     """
@@ -103,16 +105,18 @@ def compare(
     with progress_bar(images, "image", progress) as bar:
         for start in range(0, images, batch_size):
             chosen = labels[start : start + batch_size]
-            (one,) = record(reference, chosen, seed + start, batch_size)
+            own_seed = (seed + start) % 2**64 if start else seed
+            (one,) = record(reference, chosen, own_seed, batch_size)
             add_steps(sums, replayed(engine, one), replayed(reference, one))
-            (own,) = record(engine, chosen, seed + start, batch_size, steps)
+            (own,) = record(engine, chosen, own_seed, batch_size, steps)
             tokens, own_tokens = (in_raster(drawn.tokens, drawn.positions, reference.manifest.model.grid) for drawn in (one, own))
             equal += float((own_tokens == tokens).mean()) * len(chosen) / images
             if engine.manifest.has("image_decoder.onnx") and reference.manifest.has("image_decoder.onnx"):
                 expected = reference.decode(tokens)
                 error = (engine.decode(tokens).astype(np.float64) - expected) ** 2
                 psnr_errors.extend(error.mean((1, 2, 3)))
-                pictures.append((expected, engine.decode(own_tokens)))
+                if keep_pictures:
+                    pictures.append((expected, engine.decode(own_tokens)))
             bar.update(len(chosen))
     if not np.isfinite(sums).all():
         raise ExportError("the engine's features or logits are not finite")

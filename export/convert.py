@@ -81,9 +81,7 @@ def convert_engine(
     calibration. Raises InputError, ExportError; whatever happens, `out` is a whole engine, or as it was.
     """
     settings = settings or Settings()
-    check_target(out, force)
-    if out.exists() and out.samefile(source):
-        raise InputError(f"{out}: is the float32 engine itself; choose another folder")
+    check_target(out, force, (source, calibration_file))
     manifest = read_manifest(source)
     if manifest.precision != "fp32":
         raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
@@ -96,7 +94,8 @@ def convert_engine(
     if calibration_file:
         if calibration_file.absolute().is_relative_to(out.absolute()):
             raise InputError(f"{calibration_file}: a calibration is not a part of the engine; expected a place outside {out}")
-        check_writable(calibration_file, file=True)
+        if not calibration_file.is_file():
+            check_writable(calibration_file, file=True)
     with put_in_place(out, force) as folder, Pipeline.load(source, WATCHED) as reference:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             section, graphs = changed_graphs(

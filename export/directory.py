@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ def producer() -> str:
     return f"enat {__version__}"
 
 
-def check_target(out: Path, force: bool) -> None:
-    """Raises InputError where `out` exists and may not be replaced, or cannot be made."""
+def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> None:
+    """Raises InputError where `out` exists and may not be replaced, or cannot be made. reads: what the work needs, which must not go with
+    what was there.
+    """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: exists and is not a directory")
     if os.path.ismount(out):
@@ -41,6 +43,9 @@ def check_target(out: Path, force: bool) -> None:
             raise InputError(f"{out}: exists; --force replaces it")
         if not (out / FILE).is_file():
             raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
+        for path in filter(None, reads):
+            if path.resolve().is_relative_to(out.resolve()):
+                raise InputError(f"{path}: lies in {out}, which would be replaced; choose another folder for the engine")
     check_writable(out)
 
 

@@ -46,7 +46,7 @@ def export_engine(
     """
     chosen = preset(preset_name) if preset_name else None
     settings = Sampling(**{**vars(chosen.sampling if chosen else Sampling()), **(sampling or {})})
-    check_target(out, force)
+    check_target(out, force, (ckpt, vqgan))
     report(f"reading {ckpt}")
     network = load_network(ckpt, heads, encoder_depth, chosen)
     config = network.config

@@ -15,7 +15,7 @@ from ..runtime.backends import BACKENDS
 from ..runtime.classes import parse_classes
 from ..runtime.command import Command, needs
 from ..runtime.files import WholeFile, check_writable
-from ..runtime.pictures import IMAGE_SUFFIXES, Images, save_image, sheet
+from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_fits, save_image, sheet, sheet_size
 from ..runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -78,8 +78,13 @@ def main(
         if sheet_file or min_psnr is not None:
             mine.require_images()
             reference.require_images()
+        if sheet_file:
+            size = reference.manifest.model.image_size or 0
+            columns = sheet_columns(images)
+            rows = 2 * max(1, -(-images // columns))
+            check_fits(sheet_file, sheet_size(rows * columns, size, size, columns), {})
         title = f"{engine} ({mine.backend.name}) against {against} ({reference.backend.name})"
-        result = compare(mine, reference, images, seed, labels, batch_size, progress=True)
+        result = compare(mine, reference, images, seed, labels, batch_size, keep_pictures=sheet_file is not None, progress=True)
         layers: dict[str, float] = {}
         if plot:
             layers = layer_errors(mine, reference, seed, labels)
@@ -132,9 +137,13 @@ def misses(result: Comparison, max_divergence: float | None, min_top1: float | N
     return found
 
 
+def sheet_columns(images: int) -> int:
+    return max(1, min(COLUMNS, images))
+
+
 def side_by_side(expected: Images, found: Images) -> Image.Image:
     """Rows of float32's pictures, below each the engine's."""
-    columns = min(COLUMNS, len(expected))
+    columns = sheet_columns(len(expected))
     blank = -len(expected) % columns
     rows = []
     for pictures in (expected, found):

@@ -46,7 +46,7 @@ def whole(value: SupportsIndex, what: str) -> int:
 
 
 def by_name(model: ModelInfo, wanted: str) -> list[int]:
-    names = [name.casefold() for name in model.class_names or ()]
+    names = [name.strip().casefold() for name in model.class_names or ()]
     return [i for i, name in enumerate(names) if name == wanted.strip().casefold()]
 
 

@@ -15,6 +15,7 @@ import click
 
 from .. import __version__
 from ..errors import EnatError, InputError, reason
+from .describe import printable
 
 
 class Command(click.Command):
@@ -29,7 +30,7 @@ class Command(click.Command):
         debug = "--debug" in (kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
         if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may not know every letter
             sys.stdout.reconfigure(errors="replace")
-        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {printable(str(message))}", err=True)
         # SIGTERM unwinds like Ctrl-C, so that what is half done is cleaned up.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
@@ -60,7 +61,7 @@ def needs(extra: str, what: str) -> Iterator[None]:
     except ImportError as error:
         if importlib.util.find_spec("onnxruntime"):  # onnxruntime-gpu, maybe: the other beside it would overwrite it
             extra = extra.removesuffix(",cpu")
-        raise click.ClickException(f"{what} needs more packages ({error}); install them with: pip install 'enat[{extra}]'") from error
+        raise click.ClickException(f'{what} needs more packages ({error}); install them with: pip install "enat[{extra}]"') from error
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -72,5 +73,5 @@ def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
 
 
 def fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(code)

@@ -101,7 +101,7 @@ def unroll(
             )
         (logits,) = lane.run("decoder", {"positions": positions, "features": features, "decoder_modulation": modulation})
         tokens, step_tokens, step_positions, still_masked = choose(step, logits, positions, features)
-        if on_step:
+        if on_step and not lane.dry:
             all_tokens = lane.concatenate([*revealed_tokens, tokens])
             on_step(step, all_tokens, lane.concatenate([*revealed_positions, positions]), still_masked)
         revealed_tokens.append(step_tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import EngineError
+from ..errors import EngineError, reason
 
 FORMAT = "enat-engine"
 VERSION = 1
@@ -62,6 +62,7 @@ class Sampling:
 class Manifest:
     """What an engine directory says of itself. `source` tells what it was made from, `weight_bits` of what size the
     quantized weights are at most (8 where nothing is said), `builds` what was built from the graphs for some machine.
+    `root` is where `folder` led when it was read, wherever a link or the working directory leads later.
     `hash` is the SHA-256 of manifest.json, which holds those of all files, as `manifest_text` writes it without builds."""
 
     folder: Path
@@ -74,12 +75,13 @@ class Manifest:
     weight_bits: int
     builds: list[Any]
     hash: str
+    root: Path
 
     def path(self, name: str) -> Path:
         """The path of a file of the engine. Raises EngineError where the engine has no such file."""
         if name not in self.files:
             raise EngineError(f"{self.folder}: this engine has no {name}")
-        return self.folder / name
+        return self.root / name
 
     def has(self, name: str) -> bool:
         return name in self.files
@@ -100,12 +102,20 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
 
     Raises EngineError that names the file, what was found and what was expected.
     """
+    try:
+        return checked_manifest(folder, verify)
+    except OSError as error:
+        raise EngineError(f"{error.filename or folder}: {reason(error)}") from error
+
+
+def checked_manifest(folder: Path, verify: bool) -> Manifest:
     file = folder / FILE
     if not file.is_file():
         found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
         raise EngineError(f"{folder}: not an engine directory: {found}")
     try:
         data = json.loads(file.read_bytes(), parse_constant=no_number)
+        own = manifest_text({name: value for name, value in data.items() if name != "builds"} if isinstance(data, dict) else {})
     except (ValueError, RecursionError) as error:  # not JSON, or brackets without end
         raise EngineError(f"{file}: not valid JSON ({error})") from error
     reader = Reader(file)
@@ -132,7 +142,8 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
         source=reader.section(data, "source") if "source" in data else {},
         weight_bits=reader.integer(calibration, "weight_bits", 1) if "weight_bits" in calibration else 8,
         builds=reader.items(data, "builds") if "builds" in data else [],
-        hash=hashlib.sha256(manifest_text({name: value for name, value in data.items() if name != "builds"})).hexdigest(),
+        hash=hashlib.sha256(own).hexdigest(),
+        root=folder.resolve(),
     )
     reader.expect(
         manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}"

@@ -159,21 +159,27 @@ def file_name(pipeline: Pipeline, request: Request, index: int, suffix: str) -> 
 
 
 def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, resume: bool, force: bool) -> None:
-    """Makes the folder of a run and its record, or checks that the run that began there is this one. Raises InputError."""
+    """Makes the folder of a run and its record, or checks that the run that began there is this one. What bears the names of its files
+    and is not its own is removed, so that a later --resume does not take it for done. Raises InputError.
+    """
     record = out / RUN_RECORD
     mine = {**request.metadata(pipeline), "format": suffix.removeprefix(".")}
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    going_on = resume and record.is_file()
+    if out.is_dir() and any(out.iterdir()) and not going_on and not force:
         if not resume:
             raise InputError(f"{out}: exists and is not empty; --resume goes on with the run that began there, --force writes into it")
-        if not record.is_file():
-            raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
+        raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
+    if going_on:
         theirs = read_record(out)
         for key, value in mine.items():
             if theirs.get(key, value if key == "format" else None) != value:
                 found = f"the format {theirs.get(key)!r:.20}, not {value!r}" if key == "format" else f"other {key}"
                 raise InputError(f"{out}: the run that began there has {found} (in its {RUN_RECORD}); expected the same")
+    else:
+        for i in range(len(request.labels)):
+            (out / file_name(pipeline, request, i, suffix)).unlink(missing_ok=True)
     with WholeFile(record) as partial:
         partial.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
 

@@ -127,10 +127,11 @@ def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[s
 
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
     """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind."""
-    with WholeFile(metadata_file(path)) as partial:
-        partial.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
-    with WholeFile(path) as partial, partial.open("wb") as file:
-        np.save(file, tokens)
+    with WholeFile(path) as partial, WholeFile(metadata_file(path)) as record:
+        with partial.open("wb") as file:
+            np.save(file, tokens)
+        record.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
+        path.unlink(missing_ok=True)  # tokens never lie beside the record of others
 
 
 def metadata_file(path: Path) -> Path:

@@ -26,10 +26,6 @@ class Step:
     def visible(self) -> int:
         return self.seen + self.new
 
-    @property
-    def last(self) -> bool:
-        return self.keep == 0
-
 
 def kept(length: int, steps: int, index: int) -> int:
     """How many of `length` tokens stay masked after step `index` (from 0) of `steps`: floor(length · cos(r·π/2)), 0 after the last."""

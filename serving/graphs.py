@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ..runtime.builds import Build, read_builds
+from ..runtime.builds import Build, changed_graph, read_builds
 from ..runtime.command import needs
 from ..runtime.manifest import Manifest
 from .config import Word
@@ -38,16 +39,21 @@ def ports(manifest: Manifest, modulation: dict[str, list[int]]) -> dict[str, tup
     return {name: both for name, both in result.items() if manifest.has(f"{name}.onnx")}
 
 
-def graph_configs(manifest: Manifest, name: str, gpu: bool) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+def graph_configs(manifest: Manifest, name: str, gpus: Sequence[int]) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     """For every graph a model `<name>_<graph>`: its config, and its files (in the version folder → in the engine directory).
 
-    On a GPU with a TensorRT build the plans are served, else the graphs by ONNX Runtime.
+    On GPUs with a TensorRT build of these graphs, weights included, the plans are served, else the graphs by ONNX Runtime.
     """
-    build = next(reversed(read_builds(manifest)), None) if gpu else None
+    builds = [build for build in read_builds(manifest) if servable(build, manifest)] if gpus else []
+    build = builds[-1] if builds else None
     return {
-        f"{name}_{graph}": (config(f"{name}_{graph}", graph, inputs, outputs, build, gpu), files(manifest, graph, build))
+        f"{name}_{graph}": (config(f"{name}_{graph}", graph, inputs, outputs, build, gpus), files(manifest, graph, build))
         for graph, (inputs, outputs) in ports(manifest, modulation_dims(manifest)).items()
     }
+
+
+def servable(build: Build, manifest: Manifest) -> bool:
+    return changed_graph(build, manifest) is None and all(graph.weights is None for graph in build.graphs.values())
 
 
 def modulation_dims(manifest: Manifest) -> dict[str, list[int]]:
@@ -70,15 +76,19 @@ def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]
     return {("model.onnx" if name == f"{graph}.onnx" else name): name for name in own}
 
 
-def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpu: bool) -> dict[str, Any]:
-    plan = build is not None and graph in build.graphs
+def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpus: Sequence[int]) -> dict[str, Any]:
+    profiles = build.profiles.get(graph) if build else None
+    plan = profiles is not None
+    instances: dict[str, Any] = {"count": 1, "kind": Word("KIND_GPU" if gpus else "KIND_CPU"), "gpus": list(gpus) or None}
+    # Without them Triton takes the first profile alone, which is that of one step.
+    instances["profile"] = [str(index) for index in range(len(profiles))] if profiles else None
     return {
         "name": name,
         "platform": "tensorrt_plan" if plan else "onnxruntime_onnx",
         "max_batch_size": 0,  # batch and rows are axes of the contract
         "input": [tensor(*port, shape_tensor=plan and port[0] == "keep") for port in inputs],
         "output": [tensor(*port) for port in outputs],
-        "instance_group": [{"count": 1, "kind": Word("KIND_GPU" if gpu else "KIND_CPU")}],
+        "instance_group": [instances],
     }
 
 

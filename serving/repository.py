@@ -76,6 +76,10 @@ class Options:
             raise InputError(f"expected a model name of letters, digits, _, - and ., got {self.name!r}")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise InputError(f"unknown backend {self.backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+        if any(gpu < 0 for gpu in self.gpus):
+            raise InputError(f"expected GPUs of 0 or more, got {min(self.gpus)}")
+        if self.backend != "auto" and ("cuda" if self.gpus else "cpu") not in BACKENDS[self.backend]:
+            raise InputError(f"the backend {self.backend} {'does not run on GPUs' if self.gpus else 'needs --gpus'}")
 
 
 def write_repository(engine: Path, out: Path, options: Options, force: bool = False) -> list[str]:
@@ -87,10 +91,14 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     manifest = read_manifest(engine)
     if not manifest.has("image_decoder.onnx"):
         raise EngineError(f"{engine}: this engine has no image decoder and gives tokens only; a server needs pictures")
+    built = [build.options.get("max_batch") for build in read_builds(manifest)]
+    if options.backend == "tensorrt" and not any(isinstance(most, int) and most >= options.max_batch for most in built):
+        found = f"builds for at most {', '.join(map(str, built))}" if built else "no TensorRT build"
+        raise InputError(f"{engine}: has {found}; expected one for {options.max_batch} pictures at once")
     models: dict[str, dict[str, Any]] = {options.name: picture_config(manifest, options)}
     if options.png_instances:
         models[f"{options.name}_png"] = png_config(options)
-    graphs = graph_configs(manifest, options.name, bool(options.gpus)) if options.graphs else {}
+    graphs = graph_configs(manifest, options.name, options.gpus) if options.graphs else {}
     names = [*models, *graphs]
     for name in names:
         if (out / name).exists() and not force:
@@ -100,7 +108,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
-    place = out if os.path.ismount(out) else out.parent
+    place = out if os.path.ismount(out) or not os.access(out.parent, os.W_OK) else out.parent
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=place))
     try:
         for name, config in models.items():
@@ -125,8 +133,8 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     return names
 
 
-def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
-    size = manifest.model.image_size
+def dynamic_batching(options: Options) -> dict[str, Any]:
+    """Of the model that draws and of the one that encodes, which a request waits in first."""
     batching: dict[str, Any] = {"max_queue_delay_microseconds": options.queue_delay_us}
     if options.priorities:
         batching |= {"priority_levels": options.priorities, "default_priority_level": (options.priorities + 1) // 2}
@@ -137,6 +145,11 @@ def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
             "allow_timeout_override": True,
             "max_queue_size": options.queue_size,
         }
+    return batching
+
+
+def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
+    size = manifest.model.image_size
     return {
         "name": options.name,
         "backend": "python",
@@ -147,7 +160,7 @@ def picture_config(manifest: Manifest, options: Options) -> dict[str, Any]:
             {"name": "seed", "data_type": Word("TYPE_UINT64"), "dims": [1]},
             {"name": "metadata", "data_type": Word("TYPE_STRING"), "dims": [1]},
         ],
-        "dynamic_batching": batching,
+        "dynamic_batching": dynamic_batching(options),
         "instance_group": [
             {
                 "count": options.instances,
@@ -177,7 +190,7 @@ def png_config(options: Options) -> dict[str, Any]:
             {"name": "seed", "data_type": Word("TYPE_UINT64"), "dims": [1]},
         ],
         # It waits for pictures most of the time, so it takes what has come together while it did.
-        "dynamic_batching": {"max_queue_delay_microseconds": options.queue_delay_us},
+        "dynamic_batching": dynamic_batching(options),
         "instance_group": [{"count": options.png_instances, "kind": Word("KIND_CPU")}],
         "parameters": parameters({"EXECUTION_ENV_PATH": options.env, "pictures": options.name}),
     }
@@ -222,7 +235,7 @@ def copy_engine(manifest: Manifest, target: Path) -> None:
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system has them, as engines are large. Raises EngineError where `target` is there already."""
     try:
-        target.hardlink_to(source)
+        target.hardlink_to(source.resolve())  # a link to a link leads nowhere elsewhere
     except FileExistsError as error:
         raise EngineError(f"{source}: listed twice in {FILE}") from error
     except OSError:

@@ -182,7 +182,7 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused(bench(*engine, "--compare", "compile", *with_torch()), "no-such-compiler is not there", code=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(bench(*engine, "--plot", tmp_path / "chart.png"), "pip install 'enat[plot]'")
+    refused(bench(*engine, "--plot", tmp_path / "chart.png"), 'pip install "enat[plot]"')
 
 
 def without_images(engine: Path) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from enat import Pipeline
 from enat.demo.fonts import CLASSES
 from enat.demo.train_tokenizer import CONFIG, TRAINING_EPS, published, set_eps
+from enat.demo.training import Run
 from enat.runtime.classes import parse_classes
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
@@ -71,6 +72,26 @@ def test_real_pictures_survive_the_tokenizer() -> None:
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         decoded = to_uint8(tokenizer.decode(tokenizer.encode(images))).numpy()
     assert np.abs(decoded.astype(int) - pictures).mean() < 0.06 * 255
+
+
+def test_a_training_run_goes_on(tmp_path: Path) -> None:
+    """Its log is that of a run that was never interrupted."""
+    import torch
+
+    def steps(run: Run, count: int) -> None:
+        for _ in range(count):
+            run.finish_step(loss=torch.tensor(float(run.step)))
+
+    steps(Run(tmp_path / "whole", 20, log_every=4, save_seconds=0), 20)
+    first = Run(tmp_path / "part", 20, log_every=4)
+    steps(first, 6)
+    first.save()
+    steps(first, 4)  # lost
+    second = Run(tmp_path / "part", 20, log_every=4)
+    assert second.step == 6
+    steps(second, 14)
+    whole, part = ((tmp_path / name / "log.csv").read_text().split() for name in ("whole", "part"))
+    assert part[2] == "8,6.5" and [*part[:2], *part[3:]] == [*whole[:2], *whole[3:]]  # of steps 6 and 7 alone
 
 
 def test_the_trained_eps_becomes_the_published_one() -> None:

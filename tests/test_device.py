@@ -174,6 +174,10 @@ def test_a_batch_that_does_not_fit(pipe: Pipeline) -> None:
         pipeline.generate([1], seed=0)
         with pytest.raises(BackendError, match=r"out of memory; 40 at once need more than .* MiB are free; a batch of (\d+) fits") as info:
             pipeline.generate([1] * 40, seed=0, batch_size=40)
+        steps: list[int] = []
+        with pytest.raises(BackendError, match="a batch of"):  # nobody is shown tensors that were only counted
+            pipeline.generate([1] * 40, seed=0, batch_size=40, callback=lambda step, total, preview: steps.append(step))
+        assert steps == sorted(set(steps))
         fitting = int(str(info.value).split()[-2])
         assert 1 <= fitting <= 20
         pictures = pipeline.generate([1] * fitting, seed=0, batch_size=fitting)

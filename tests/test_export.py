@@ -29,6 +29,7 @@ from enat.export.directory import put_in_place
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
 from enat.models.presets import PRESETS, preset_class_names
 from enat.runtime.manifest import FILE
+from enat.runtime.pipeline import BUNDLED_ENGINE
 
 TINY = read_golden("tiny")
 SPLIT = ("--heads", "3", "--encoder-depth", "3")
@@ -131,6 +132,27 @@ def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: 
     refused(export(*arguments, "--out", documents, "--force"), "not an engine")
     refused(export(*arguments, "--out", documents / "thesis.txt", "--force"), "not a directory")
     assert (documents / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_is_read_is_not_replaced(engine_copy: Path, smallest: tuple[object, ...], tmp_path: Path) -> None:
+    """Inputs that lie in the folder that --force replaces."""
+    inside, link = engine_copy / "net.pth", tmp_path / "link.pth"
+    shutil.copy(str(smallest[1]), inside)
+    link.symlink_to(inside)
+    before = sorted(engine_copy.iterdir())
+    calibration = engine_copy / "c.npz"
+    for arguments in (
+        ("--ckpt", inside, *smallest[2:]),
+        ("--ckpt", link, *smallest[2:]),
+        (*smallest, "--vqgan", engine_copy / "vqgan.ckpt"),
+        (*smallest, "--precision", "int8", "--class-names", engine_copy / "manifest.json"),
+        ("--engine", engine_copy, "--precision", "fp16"),
+        ("--engine", engine_copy.parent / "engine" / ".", "--precision", "int8"),
+        ("--engine", BUNDLED_ENGINE, "--precision", "int8", "--calibration", calibration),
+    ):
+        refused(export(*arguments, "--out", engine_copy, "--force"), str(engine_copy))
+    refused(export("--ckpt", inside, *smallest[2:], "--out", engine_copy, "--force"), "which would be replaced; choose another folder")
+    assert sorted(engine_copy.iterdir()) == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(16, "Device or resource busy")])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -227,6 +228,26 @@ def test_an_engine_without_images(engine_copy: Path) -> None:
     assert pipeline.generate_tokens([1], seed=0).shape == (1, 8, 8)
     with pytest.raises(EngineError, match="no image decoder"):
         pipeline.generate([1], seed=0)
+
+
+def test_an_engine_stays_the_one_that_was_loaded(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the program goes, and a link leads, before the first picture."""
+    wanted = Pipeline.load(engine_copy).generate([1], seed=1)
+    monkeypatch.chdir(tmp_path)
+    Path("current").symlink_to(engine_copy)
+    loaded = [Pipeline.load(engine_copy.relative_to(tmp_path)), Pipeline.load("current")]
+    Path("current").unlink()
+    monkeypatch.chdir("/")
+    for pipeline in loaded:
+        assert np.array_equal(pipeline.generate([1], seed=1), wanted)
+
+
+def test_class_names_with_blanks_around_them(engine_copy: Path) -> None:
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    manifest["model"]["class_names"] = [f" class {i}\t" for i in range(10)]
+    (engine_copy / "manifest.json").write_text(json.dumps(manifest))
+    pipeline = Pipeline.load(engine_copy)
+    assert np.array_equal(pipeline.generate_tokens(["class 3"], seed=1), pipeline.generate_tokens([3], seed=1))
 
 
 def test_the_runtime_never_imports_pytorch(engines: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from PIL import Image, PngImagePlugin
 
 import enat
 from enat import InputError, Pipeline
+from enat.runtime import outputs
 from enat.runtime.cli import main
 from enat.runtime.manifest import read_manifest
 from enat.runtime.outputs import request_for
@@ -380,6 +383,26 @@ def test_a_folder_of_very_many_pictures(engines: Callable[[str], Path]) -> None:
         assert time.perf_counter() - started < 2  # 0.02 s; a copy of all labels each would take 200
 
 
+def test_a_folder_goes_on_with_its_own_pictures(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that --force begins where another was, and that is interrupted: --resume does not keep the other's pictures."""
+    arguments = ("--class", "0-3", "--seed", 9, "--batch-size", 1)
+    assert run(*arguments, "--steps", 2, "--out", "folder").exit_code == 0
+    save, count = outputs.save_image, itertools.count()
+
+    def interrupted(*rest: Any) -> None:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        save(*rest)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(outputs, "save_image", interrupted)
+        assert run(*arguments, "--steps", 4, "--out", "folder", "--force").exit_code == 130
+    refused(run(*arguments, "--steps", 2, "--out", "folder", "--resume", "--force"), "other settings")
+    assert run(*arguments, "--steps", 4, "--out", "folder", "--resume").exit_code == 0
+    steps = [read_metadata(path)["settings"]["steps"] for path in Path("folder").glob("*.png")]
+    assert steps == [4] * 4
+
+
 def test_a_folder_goes_on_in_its_own_format(run: Run) -> None:
     assert run("--class", 1, "--seed", 1, "--out", "folder").exit_code == 0
     again = ("--class", 1, "--seed", 1, "--out", "folder", "--resume")
@@ -392,6 +415,16 @@ def test_a_folder_goes_on_in_its_own_format(run: Run) -> None:
     del record["format"]  # as earlier versions wrote it
     Path("folder/run.json").write_text(json.dumps(record))
     assert run(*again).exit_code == 0
+
+
+def test_what_a_file_says_reaches_no_terminal(run: Run) -> None:
+    assert run("--class", 1, "--seed", 1, "--out", "a.npy").exit_code == 0
+    record = json.loads(Path("a.npy.json").read_text())
+    record["settings"]["\x1b]0;title\x07\nError"] = 1
+    Path("a.npy.json").write_text(json.dumps(record))
+    result = run("--replay", "a.npy", "--out", "b.npy")
+    refused(result, "?]0;title??Error")
+    assert "\x1b" not in result.stderr
 
 
 def test_the_root_is_no_place_for_pictures(run: Run) -> None:

@@ -27,6 +27,7 @@ from enat.export.profiles import graph_profiles
 from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, graph_source, read_builds, unsuited
 from enat.runtime.cli import main as run_main
 from enat.runtime.manifest import Manifest, read_manifest
+from enat.serving.graphs import graph_configs
 
 HERE = Platform("10.16.1.11", "NVIDIA H200", "9.0")
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_encoder")
@@ -130,6 +131,35 @@ def test_a_build_is_chosen_or_refused_with_the_reason(trt: Any, engine_copy: Pat
     (engine_copy / chosen.plan("encoder")).write_bytes(b"damaged")
     with pytest.raises(EngineError, match=r"encoder\.plan: 7 bytes, expected"):
         choose_build(manifest, HERE)
+
+
+def test_plans_that_are_not_listed_are_not_loaded(trt: Any, engine_copy: Path) -> None:
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    (entry,) = manifest.builds
+    plan = entry["files"].pop(f"tensorrt/{entry['id']}/encoder.plan")
+    with pytest.raises(EngineError, match=r"needs 'tensorrt/.*/encoder\.plan', which is not listed"):
+        choose_build(manifest, HERE)
+    entry["files"][f"tensorrt/{entry['id']}/encoder.plan"] = plan
+    entry["graphs"]["encoder"]["weights"] = "../elsewhere.onnx"
+    with pytest.raises(EngineError, match=r"needs '\.\./elsewhere\.onnx', which is not listed"):
+        choose_build(manifest, HERE)
+
+
+def test_triton_serves_plans_with_all_their_profiles(trt: Any, engine_copy: Path) -> None:
+    build = make_build(read_manifest(engine_copy))
+    configs = graph_configs(listed(engine_copy, build), "enat", (1,))
+    for graph, profiles in build.profiles.items():
+        config, files = configs[f"enat_{graph}"]
+        assert files == {"model.plan": build.plan(graph)} and config["platform"] == "tensorrt_plan"
+        (group,) = config["instance_group"]
+        assert group["profile"] == [str(i) for i in range(len(profiles))] and group["gpus"] == [1]
+    stripped = {name: dataclasses.replace(graph, weights=f"{name}.onnx") for name, graph in build.graphs.items()}
+    manifest = listed(engine_copy, dataclasses.replace(build, options={"weights": "stripped"}, graphs=stripped))
+    (config, files) = graph_configs(manifest, "enat", (0,))["enat_encoder"]
+    assert files == {"model.plan": build.plan("encoder")}  # the one that has its weights
+    manifest = dataclasses.replace(manifest, builds=manifest.builds[1:])
+    (config, files) = graph_configs(manifest, "enat", (0,))["enat_encoder"]
+    assert config["platform"] == "onnxruntime_onnx" and "model.onnx" in files
 
 
 def test_a_build_of_other_graphs_is_not_used(trt: Any, engine_copy: Path) -> None:

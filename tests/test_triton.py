@@ -97,9 +97,22 @@ def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:
     config = (tmp_path / "models" / "enat" / "config.pbtxt").read_text()
     for part in ("kind: KIND_GPU", "gpus: [0, 1]", "priority_levels: 3", "default_priority_level: 2", "max_queue_size: 64"):
         assert part in config
+    encoding = (tmp_path / "models" / "enat_png" / "config.pbtxt").read_text()  # where requests wait first
+    assert "max_queue_size: 64" in encoding and "priority_levels: 3" in encoding
     sampler = (tmp_path / "models" / "enat_sampler" / "config.pbtxt").read_text()
     assert 'platform: "onnxruntime_onnx"' in sampler and sampler.count("reshape") == 4
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_what_no_server_could_start_is_refused(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--gpus", "-1"), "expected GPUs of 0 or more, got -1"),
+        (("--backend", "tensorrt"), "the backend tensorrt needs --gpus"),
+        (("--backend", "openvino", "--gpus", 0), "the backend openvino does not run on GPUs"),
+        (("--backend", "tensorrt", "--gpus", 0), "has no TensorRT build; expected one for 8 pictures at once"),
+    ):
+        refused(write(tmp_path / "models", *arguments), message)
+    assert not (tmp_path / "models").exists()
 
 
 def test_an_engine_s_builds_bring_nothing_from_elsewhere(tmp_path: Path, engine_copy: Path) -> None:

@@ -77,6 +77,14 @@ def test_enat_verify(int8: Path, tmp_path: Path) -> None:
         assert min(plot.size) > 500
 
 
+def test_a_sheet_that_no_file_can_hold(fp16: Path, tmp_path: Path) -> None:
+    """Refused before the work that it would be made from."""
+    refused(
+        invoke(verify_main, fp16, "--against", BUNDLED_ENGINE, "--images", 2000, "--sheet", tmp_path / "s.webp"),
+        "790×22042 pixels; .webp holds at most",
+    )
+
+
 def test_enat_verify_to_read(fp16: Path) -> None:
     result = invoke(verify_main, fp16, "--against", BUNDLED_ENGINE, "--images", 2, "--class", "A", "--class", "B", "--min-top1", 0.9)
     assert result.exit_code == 0, result.stderr

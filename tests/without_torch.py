@@ -24,13 +24,13 @@ with tempfile.TemporaryDirectory() as folder:
     refused = run("enat-export", "--ckpt", str(out), "--out", str(Path(folder, "engine")))
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "pip install 'enat[export]'" in line, line
+    assert 'pip install "enat[export]"' in line, line
     refused = run("enat-export", "--engine", folder, "--precision", "int8", "--out", str(Path(folder, "engine")))
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "pip install 'enat[calibration]'" in line, line
+    assert 'pip install "enat[calibration]"' in line, line
     refused = run("enat-verify", folder, "--against", folder)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "pip install 'enat[calibration]'" in line, line
+    assert 'pip install "enat[calibration]"' in line, line
 print("the runtime works without PyTorch")

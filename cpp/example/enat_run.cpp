@@ -153,6 +153,7 @@ public:
         partial_.replace_filename("." + target.filename().string() + "." + std::to_string(getpid()) + ".partial");
         if (std::filesystem::is_directory(target)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
         if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written");
+        std::filesystem::remove(partial_);  // an interrupt while pictures are drawn finds nothing to leave behind
     }
     PartialFile(const PartialFile&) = delete;
     PartialFile& operator=(const PartialFile&) = delete;

@@ -42,6 +42,7 @@ class Lane(Protocol):
     """
 
     records: bool  # whether `compute` makes a record of what it launches
+    dry: bool  # while it only counts what a program takes: its tensors have no values, and nobody may look at them
 
     def upload(self, array: Array) -> Tensor:
         """A tensor with the array's values."""
@@ -124,7 +125,7 @@ def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads:
         backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
     except ImportError as error:
         extra = EXTRAS.get(name, EXTRAS[kind])
-        raise BackendError(f"the backend {name} is not installed ({error}); install it with: pip install 'enat[{extra}]'") from error
+        raise BackendError(f'the backend {name} is not installed ({error}); install it with: pip install "enat[{extra}]"') from error
     return backend
 
 

@@ -14,6 +14,7 @@ class NumpyLane(ABC):
     """All of a lane but how a graph is run."""
 
     records = False
+    dry = False
 
     @abstractmethod
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:

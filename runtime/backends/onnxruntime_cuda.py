@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnxruntime as ort
 
-from ...errors import BackendError, reason
+from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
+from .cache_folder import cache_folder
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane
@@ -19,7 +20,7 @@ from .lanes import LaneBackend, Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-MEND = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'enat[cuda]'"
+MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"'
 TENSORRT_MAJOR = 10  # whose libnvinfer.so ONNX Runtime's TensorRT provider is linked with
 
 
@@ -47,9 +48,9 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
 
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
-    """Sessions on the TensorRT execution provider, which builds engines of its own when it meets new shapes, and keeps them beside
-    the graphs. Types are not strict to it: with float16 allowed it may choose it for what a graph has in float32, so that the sampler,
-    whose numbers are float32 in every engine, is left to the CUDA provider.
+    """Sessions on the TensorRT execution provider, which builds engines of its own when it meets new shapes, and keeps them in
+    the cache folder. Types are not strict to it: with float16 allowed it may choose it for what a graph has in float32, so that the
+    sampler, whose numbers are float32 in every engine, is left to the CUDA provider.
     """
 
     name = "onnxruntime-tensorrt"
@@ -64,19 +65,15 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         others = super().providers(graph, index, manifest)
         if graph == "sampler":
             return others
-        folder, half = manifest.folder / "tensorrt" / "onnxruntime", manifest.float_type == "float16"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # ONNX Runtime makes no more than the last folder of a path
-        except OSError as error:
-            raise BackendError(f"{folder}: cannot be written: {reason(error)}") from error
+        folder, half = cache_folder(manifest, "onnxruntime-tensorrt"), manifest.float_type == "float16"
         options = {
             "device_id": index,
             "trt_fp16_enable": half,
             "trt_layer_norm_fp32_fallback": half,
-            "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": True,
-            "trt_timing_cache_path": str(folder),
+            "trt_engine_cache_enable": folder is not None,
+            "trt_engine_cache_path": str(folder or ""),
+            "trt_timing_cache_enable": folder is not None,
+            "trt_timing_cache_path": str(folder or ""),
         }
         return [(cls.provider, options), *others]
 
@@ -98,7 +95,7 @@ def check_packages(provider: str) -> None:
 def load_tensorrt() -> None:
     """Loads TensorRT's libraries for ONNX Runtime. Raises BackendError where they are missing or of another version."""
     if importlib.util.find_spec("tensorrt") is None:
-        raise BackendError("TensorRT is not installed; install it with: pip install 'enat[gpu]'")
+        raise BackendError('TensorRT is not installed; install it with: pip install "enat[gpu]"')
     import tensorrt
 
     if int(tensorrt.__version__.split(".")[0]) != TENSORRT_MAJOR:

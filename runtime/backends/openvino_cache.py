@@ -11,8 +11,6 @@ import functools
 import hashlib
 import inspect
 import mmap
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,13 +20,11 @@ import numpy as np
 import openvino as ov
 
 from ... import __version__
-from ...errors import InputError
 from ...errors import reason as system_reason
 from ..files import WholeFile
 from ..manifest import Manifest, check_file
 from . import openvino_graphs
-
-VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
+from .cache_folder import cache_folder
 
 
 class CompiledGraph:
@@ -51,7 +47,7 @@ class GraphCache:
     def __init__(self, core: ov.Core, manifest: Manifest, options: Mapping[str, Any]) -> None:
         """options: OpenVINO's, to run graphs with."""
         self.core, self.manifest, self.options = core, manifest, dict(options)
-        self.folder = writable_folder(manifest)
+        self.folder = cache_folder(manifest, "openvino")
 
     @functools.cached_property
     def key(self) -> str:
@@ -110,30 +106,6 @@ def rewrites() -> str:
         return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()
     except OSError:
         return __version__
-
-
-def writable_folder(manifest: Manifest) -> Path | None:
-    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen == "":
-        return None
-    try:
-        root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "enat")
-    except RuntimeError as error:  # neither HOME nor a name for this user, as in containers
-        warnings.warn(
-            f"{str(error).rstrip('.')}, and {VARIABLE} is not set; graphs are compiled at every start", RuntimeWarning, stacklevel=5
-        )
-        return None
-    folder = root / "openvino" / manifest.hash[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        if chosen:
-            raise InputError(f"{root}: the cache folder ({VARIABLE}) cannot be written: {error.strerror}") from error
-        warnings.warn(f"{folder}: cannot be written ({error.strerror}); graphs are compiled at every start", RuntimeWarning, stacklevel=5)
-        return None
 
 
 def reason(error: Exception) -> str:

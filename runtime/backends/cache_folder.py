@@ -1,0 +1,37 @@
+"""Where backends keep what they compile for this machine. Not in engines, whose files are listed with their hashes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+from ...errors import InputError
+from ..manifest import Manifest
+
+VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
+
+
+def cache_folder(manifest: Manifest, kind: str) -> Path | None:
+    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen == "":
+        return None
+    try:
+        root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "enat")
+    except RuntimeError as error:  # neither HOME nor a name for this user, as in containers
+        warnings.warn(
+            f"{str(error).rstrip('.')}, and {VARIABLE} is not set; graphs are compiled at every start", RuntimeWarning, stacklevel=5
+        )
+        return None
+    folder = root / kind / manifest.hash[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if chosen:
+            raise InputError(f"{root}: the cache folder ({VARIABLE}) cannot be written: {error.strerror}") from error
+        warnings.warn(f"{folder}: cannot be written ({error.strerror}); graphs are compiled at every start", RuntimeWarning, stacklevel=5)
+        return None
