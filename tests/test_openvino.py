@@ -349,7 +349,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, engine_copy: Path) -> 
             pipeline.generate([1], seed=0)
     monkeypatch.delitem(sys.modules, "enat.runtime.backends.openvino_cpu")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendError, match=r"pip install 'enat\[openvino\]'"):
+    with pytest.raises(BackendError, match=r'pip install "enat\[openvino\]"'):
         Pipeline.load(backend="openvino")
 
 
