@@ -152,7 +152,7 @@ def build_engine(
                 else:
                     plan = built(path, described.profiles, options, timing_cache, progress)
                 (folder / f"{graph}.plan").write_bytes(plan)
-                kept = path.relative_to(engine).as_posix() if path.parent == engine else f"{wanted.folder}/graphs/{path.name}"
+                kept = path.name if path.parent == manifest.root else f"{wanted.folder}/graphs/{path.name}"
                 graphs[graph] = BuiltGraph(described.source, described.profiles, kept if options.weights == "stripped" else None)
                 report(f"  {len(described.profiles)} profiles, {len(plan) / 2**20:.0f} MiB")
             if options.weights != "stripped":

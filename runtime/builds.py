@@ -150,7 +150,7 @@ def choose_build(manifest: Manifest, here: Platform, verify: bool = False) -> Bu
         raise EngineError(f"{manifest.folder}: no TensorRT build suits {here}: {'; '.join(dict.fromkeys(map(str, reasons)))}; {command}")
     chosen = suited[-1]
     for graph, built in chosen.graphs.items():
-        for name, known in ((chosen.plan(graph), chosen.files), (built.weights or FILE, {FILE, *manifest.files})):
+        for name, known in ((chosen.plan(graph), chosen.files), (built.weights or FILE, {FILE, *manifest.files, *chosen.files})):
             if name not in known:
                 raise EngineError(f"{manifest.folder / FILE}: the build {chosen.id} needs {name!r}, which is not listed")
     for name, entry in chosen.files.items():

@@ -22,7 +22,7 @@ from .repository import Options, write_repository
 @click.option("--queue-delay", "queue_delay_us", default=5000, show_default=True, help="Microseconds that a request waits for others.")
 @click.option("--instances", default=1, show_default=True, help="Processes, each with the engine in memory.")
 @click.option("--gpus", help="Numbers of the GPUs to run on, with commas; default: the CPU.")
-@click.option("--png-instances", default=1, show_default=True, help="Processes that encode PNG files, 0 for no such model.")
+@click.option("--png-instances", type=int, help="Processes that encode PNG files, 0 for no such model; default: as many as draw.")
 @click.option("--priorities", default=0, show_default=True, help="Levels of priority that requests may ask for.")
 @click.option("--queue-size", default=0, show_default=True, help="Requests that may wait; more are refused. 0: any number.")
 @click.option("--queue-timeout", "queue_timeout_us", default=0, show_default=True, help="Microseconds that a request may wait, 0: any.")

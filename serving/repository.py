@@ -45,8 +45,9 @@ class Options:
 
     name: of the model; the one of PNG files is called so with `_png` behind. max_batch: pictures drawn at once. queue_delay_us: how long
     a request waits for others to be drawn with. instances: processes, each with the engine in memory; on `gpus`, or on the CPU without
-    any. png_instances: of the model that encodes. priorities: levels, 0 for none. queue_size, queue_timeout_us: requests that wait at most,
-    and how long; 0 for no limit. env: EXECUTION_ENV_PATH, a packed or unpacked environment with the wheels. threads: on the CPU.
+    any. png_instances: of the model that encodes, as many as draw by default. priorities: levels, 0 for none. queue_size,
+    queue_timeout_us: requests that wait at most, and how long; 0 for no limit. env: EXECUTION_ENV_PATH, a packed or unpacked environment
+    with the wheels. threads: on the CPU.
     """
 
     name: str = "enat"
@@ -54,7 +55,7 @@ class Options:
     queue_delay_us: int = 5000
     instances: int = 1
     gpus: tuple[int, ...] = ()
-    png_instances: int = 1
+    png_instances: int | None = None
     priorities: int = 0
     queue_size: int = 0
     queue_timeout_us: int = 0
@@ -81,6 +82,11 @@ class Options:
         if self.backend != "auto" and ("cuda" if self.gpus else "cpu") not in BACKENDS[self.backend]:
             raise InputError(f"the backend {self.backend} {'does not run on GPUs' if self.gpus else 'needs --gpus'}")
 
+    @property
+    def encoders(self) -> int:
+        """Each waits for the batch that its pictures are drawn in, so that fewer than draw would leave some without work."""
+        return self.instances * max(1, len(self.gpus)) if self.png_instances is None else self.png_instances
+
 
 def write_repository(engine: Path, out: Path, options: Options, force: bool = False) -> list[str]:
     """Writes a model repository for an engine. Returns the names of its models.
@@ -96,7 +102,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         found = f"builds for at most {', '.join(map(str, built))}" if built else "no TensorRT build"
         raise InputError(f"{engine}: has {found}; expected one for {options.max_batch} pictures at once")
     models: dict[str, dict[str, Any]] = {options.name: picture_config(manifest, options)}
-    if options.png_instances:
+    if options.encoders:
         models[f"{options.name}_png"] = png_config(options)
     graphs = graph_configs(manifest, options.name, options.gpus) if options.graphs else {}
     names = [*models, *graphs]
@@ -191,7 +197,7 @@ def png_config(options: Options) -> dict[str, Any]:
         ],
         # It waits for pictures most of the time, so it takes what has come together while it did.
         "dynamic_batching": dynamic_batching(options),
-        "instance_group": [{"count": options.png_instances, "kind": Word("KIND_CPU")}],
+        "instance_group": [{"count": options.encoders, "kind": Word("KIND_CPU")}],
         "parameters": parameters({"EXECUTION_ENV_PATH": options.env, "pictures": options.name}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -126,4 +127,13 @@ def test_any_value_anywhere_is_read_or_refused(engine_copy: Path, data: st.DataO
 def test_brackets_without_end(engine_copy: Path) -> None:
     (engine_copy / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(EngineError, match=r"manifest\.json: not valid JSON"):
+        read_manifest(engine_copy)
+
+
+def test_a_file_that_may_not_be_read(engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(EngineError, match=r"manifest\.json: .*[Pp]ermission"):
         read_manifest(engine_copy)

@@ -289,10 +289,13 @@ def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: 
     assert [path for path in (engine_copy / "tensorrt").iterdir() if path.name.startswith(".")] == []
 
 
-def test_int8_plans_are_built_from_signed_graphs(builds: Builds, engines: Callable[[str], Path], tmp_path: Path) -> None:
+def test_int8_plans_are_built_from_signed_graphs(
+    builds: Builds, engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from enat.export.tensorrt_build import build_engine
 
-    engine = tmp_path / "engine"
+    monkeypatch.chdir(tmp_path)
+    engine = Path("engine")
     convert_engine(engines("tiny"), engine, Precision("int8"), Settings(images=10, float_layers=()))
     build = build_engine(engine, weights="stripped")
     assert build.options["steps"] == [read_manifest(engine).sampling.steps]
@@ -301,6 +304,7 @@ def test_int8_plans_are_built_from_signed_graphs(builds: Builds, engines: Callab
         assert path is not None and path.startswith(build.folder)
         assert objections(onnx.load(engine / path)) == []
     assert build.graphs["sampler"].weights == "sampler.onnx"
+    assert choose_build(read_manifest(engine), HERE).id == build.id
     for config in builds.configs:
         assert builds.trt.BuilderFlag.STRIP_PLAN in {call[1][0] for call in config.calls if call[0] == "set_flag"}
     assert not (engine / build_engine(engine).folder / "graphs").exists()

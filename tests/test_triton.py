@@ -98,7 +98,8 @@ def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:
     for part in ("kind: KIND_GPU", "gpus: [0, 1]", "priority_levels: 3", "default_priority_level: 2", "max_queue_size: 64"):
         assert part in config
     encoding = (tmp_path / "models" / "enat_png" / "config.pbtxt").read_text()  # where requests wait first
-    assert "max_queue_size: 64" in encoding and "priority_levels: 3" in encoding
+    for part in ("max_queue_size: 64", "priority_levels: 3", "count: 2"):  # one for each GPU
+        assert part in encoding
     sampler = (tmp_path / "models" / "enat_sampler" / "config.pbtxt").read_text()
     assert 'platform: "onnxruntime_onnx"' in sampler and sampler.count("reshape") == 4
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
