@@ -18,6 +18,7 @@ from conftest import invoke, read_golden, refused
 from PIL import Image
 
 from enat import Pipeline
+from enat.benchmarks import slots
 from enat.benchmarks.cli import main
 from enat.benchmarks.footprint import footprint
 from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down
@@ -175,6 +176,9 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     refused(bench(*engine, "--compare", "reference"), "expected --ckpt too")
     refused(bench(*engine, "--compare", "reference", "--ckpt", read_golden("tiny").ckpt), "expected --vqgan, or --tokens")
     refused(bench(*engine, "--compare", "reference", *with_torch("odd")), "nnet_ema.pth: its keys are not those of the model")
+    others = ["--engine", engines("odd"), "--compare", "reference", "--steps", 2]
+    refused(bench(*engine, *others, *with_torch()), "the engines are of different sizes, so one reference does not serve them")
+    refused(invoke(slots.main, "--clients", 0), "--clients: expected 1 or more, got 0")
     refused(bench(*engine, "--backend", "tensorrt"), "the backend tensorrt runs on cuda, got the device 'cpu'")
     (engine_copy / "manifest.json").write_text(without_images(engine_copy))
     (engine_copy / "image_decoder.onnx").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -243,7 +244,7 @@ def test_kernels_that_saturate(int8: Path, made: Make, monkeypatch: pytest.Monke
 # What is refused
 
 
-def test_wrong_arguments_of_enat_export(int8: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_of_enat_export(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*options: object) -> Result:
         return invoke(export_main, "--engine", BUNDLED_ENGINE, "--out", tmp_path / "out", *options)
 
@@ -259,6 +260,13 @@ def test_wrong_arguments_of_enat_export(int8: Path, tmp_path: Path) -> None:
     refused(export("--precision", "int8", "--calibration-images", 8, "--float-layers", "nonsense"), "no layer is called 'nonsense'")
     refused(export("--precision", "int8", "--calibration", BUNDLED_ENGINE / FILE), "not a calibration")
     refused(export("--precision", "int8", "--calibration", tmp_path / "out" / "c.npz"), "expected a place outside")
+    shared = tmp_path.with_name("shared")  # a calibration that others made
+    shared.mkdir()
+    (shared / "c.npz").write_bytes(b"")
+    with monkeypatch.context() as changed:
+        changed.setattr("os.access", lambda path, mode: not (mode & os.W_OK and Path(path).is_relative_to(shared)))
+        refused(export("--precision", "int8", "--calibration", shared / "c.npz"), "c.npz: not a calibration")
+        refused(export("--precision", "int8", "--calibration", shared / "d.npz"), "d.npz: cannot be written: no permission")
     refused(export("--precision", "int8", "--calibration-seed", -5), "expected a seed of 0")
     refused(export("--precision", "int8", "--float-layers", ""), "--float-layers: expected words with commas between")
     refused(invoke(export_main, "--engine", int8, "--precision", "fp16", "--out", tmp_path / "out"), "its precision is int8, expected fp32")

@@ -32,6 +32,10 @@ def test_an_engine_against_itself(float32: Pipeline) -> None:
     assert found.positions.tolist() == [5 * step.masked for step in float32.schedule()]
 
 
+def test_seeds_go_on_from_zero(float32: Pipeline) -> None:
+    assert compare(float32, float32, images=3, seed=2**64 - 2, batch_size=2).tokens_equal == 1
+
+
 def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -> None:
     """One bias of the logits moved: the divergence is that of two distributions known from float32 alone, and nothing else differs."""
     engine = tmp_path / "engine"
