@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def main(
         for steps in parse_numbers("--steps", steps_text) or (first.manifest.sampling.steps,)
         for batch in batches
     ]
-    sizes = [dataclasses.replace(one.pipeline.manifest.model, class_names=None) for one in pipes]
+    sizes = [replace(one.pipeline.manifest.model, class_names=None) for one in pipes]
     if compared and any(size != sizes[0] for size in sizes):
         raise InputError("the engines are of different sizes, so one reference does not serve them; measure them apart")
     for case in cases:

@@ -13,7 +13,7 @@ from ..calibration.products import NETWORK, find_products, int8_share, load_grap
 from ..calibration.trajectory import Trajectory, divergence, guided, record, replay, spread_labels
 from ..errors import ExportError, InputError
 from ..runtime.backends import Tensor
-from ..runtime.pipeline import Images, Pipeline, in_raster
+from ..runtime.pipeline import Images, Pipeline, image_seeds, in_raster
 from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step
 
@@ -98,17 +98,16 @@ def compare(
     steps = reference.schedule()
     if images < 1:
         raise InputError(f"expected 1 or more images, got {images}")
-    labels = spread_labels(reference.manifest.model, images, classes)
+    labels, seeds = spread_labels(reference.manifest.model, images, classes), image_seeds(seed, images)
     sums = np.zeros((len(steps), 5))  # positions, divergence, top-1, squared error of features, their squares
     psnr_errors, equal = [], 0.0
     pictures: list[tuple[Images, Images]] = []
     with progress_bar(images, "image", progress) as bar:
         for start in range(0, images, batch_size):
             chosen = labels[start : start + batch_size]
-            own_seed = (seed + start) % 2**64 if start else seed
-            (one,) = record(reference, chosen, own_seed, batch_size)
+            (one,) = record(reference, chosen, seeds[start], batch_size)
             add_steps(sums, replayed(engine, one), replayed(reference, one))
-            (own,) = record(engine, chosen, own_seed, batch_size, steps)
+            (own,) = record(engine, chosen, seeds[start], batch_size, steps)
             tokens, own_tokens = (in_raster(drawn.tokens, drawn.positions, reference.manifest.model.grid) for drawn in (one, own))
             equal += float((own_tokens == tokens).mean()) * len(chosen) / images
             if engine.manifest.has("image_decoder.onnx") and reference.manifest.has("image_decoder.onnx"):

@@ -149,10 +149,10 @@ def choose_build(manifest: Manifest, here: Platform, verify: bool = False) -> Bu
     if not suited:
         raise EngineError(f"{manifest.folder}: no TensorRT build suits {here}: {'; '.join(dict.fromkeys(map(str, reasons)))}; {command}")
     chosen = suited[-1]
-    for graph, built in chosen.graphs.items():
-        for name, known in ((chosen.plan(graph), chosen.files), (built.weights or FILE, {FILE, *manifest.files, *chosen.files})):
-            if name not in known:
-                raise EngineError(f"{manifest.folder / FILE}: the build {chosen.id} needs {name!r}, which is not listed")
+    missing = {chosen.plan(graph) for graph in chosen.graphs} - chosen.files.keys()
+    missing |= {graph.weights for graph in chosen.graphs.values() if graph.weights is not None} - {*manifest.files, *chosen.files}
+    if missing:
+        raise EngineError(f"{manifest.folder / FILE}: the build {chosen.id} needs {min(missing)!r}, which is not listed")
     for name, entry in chosen.files.items():
         check_file(manifest.folder, name, entry, verify)
     return chosen

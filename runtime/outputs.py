@@ -177,7 +177,7 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
             if theirs.get(key, value if key == "format" else None) != value:
                 found = f"the format {theirs.get(key)!r:.20}, not {value!r}" if key == "format" else f"other {key}"
                 raise InputError(f"{out}: the run that began there has {found} (in its {RUN_RECORD}); expected the same")
-    else:
+    elif out.is_dir():
         for i in range(len(request.labels)):
             (out / file_name(pipeline, request, i, suffix)).unlink(missing_ok=True)
     with WholeFile(record) as partial:

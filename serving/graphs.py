@@ -79,9 +79,13 @@ def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]
 def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpus: Sequence[int]) -> dict[str, Any]:
     profiles = build.profiles.get(graph) if build else None
     plan = profiles is not None
-    instances: dict[str, Any] = {"count": 1, "kind": Word("KIND_GPU" if gpus else "KIND_CPU"), "gpus": list(gpus) or None}
-    # Without them Triton takes the first profile alone, which is that of one step.
-    instances["profile"] = [str(index) for index in range(len(profiles))] if profiles else None
+    instances = {
+        "count": 1,
+        "kind": Word("KIND_GPU" if gpus else "KIND_CPU"),
+        "gpus": list(gpus) or None,
+        # Without them Triton takes the first profile alone, which is that of one step.
+        "profile": [str(index) for index in range(len(profiles))] if profiles else None,
+    }
     return {
         "name": name,
         "platform": "tensorrt_plan" if plan else "onnxruntime_onnx",

@@ -122,15 +122,14 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: tuple[object, ...], tmp_path: Path) -> None:
-    arguments = smallest
-    refused(export(*arguments, "--out", engine_copy), "engine: exists; --force replaces it")
-    assert export(*arguments, "--out", engine_copy, "--force").exit_code == 0
+    refused(export(*smallest, "--out", engine_copy), "engine: exists; --force replaces it")
+    assert export(*smallest, "--out", engine_copy, "--force").exit_code == 0
     assert not (engine_copy / "image_decoder.onnx").exists()
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.txt").write_text("years of work")
-    refused(export(*arguments, "--out", documents, "--force"), "not an engine")
-    refused(export(*arguments, "--out", documents / "thesis.txt", "--force"), "not a directory")
+    refused(export(*smallest, "--out", documents, "--force"), "not an engine")
+    refused(export(*smallest, "--out", documents / "thesis.txt", "--force"), "not a directory")
     assert (documents / "thesis.txt").read_text() == "years of work"
 
 
