@@ -21,6 +21,11 @@ def allowed_threads() -> int | None:
     return allowed if allowed < count else None
 
 
+def part_of_threads(processes: int) -> int | None:
+    """The threads of each of so many processes that share what this one may use; None for one that has it for itself."""
+    return max(1, (allowed_threads() or os.cpu_count() or 1) // processes) if processes > 1 else None
+
+
 def least_quota(root: Path = Path("/")) -> float | None:
     """The cores' worth of time that the process' control groups, versions 1 and 2, allow it; None where none sets a quota."""
     return min((quota for group in control_groups(root) if (quota := read_quota(group)) is not None), default=None)

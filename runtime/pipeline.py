@@ -93,8 +93,8 @@ class Pipeline:
 
         device: cpu, or cuda:0 for the first GPU. threads: on the CPU; by default as many as the process may use, which in a container
         are fewer than the machine has. verify: hash files over 64 MiB too.
-        slots: batches in flight at once, each with memory of its own; further threads wait in turn. On a CPU one batch keeps all cores
-        busy: docs/SPEED.md has figures.
+        slots: batches in flight at once, each with memory of its own; further threads wait in turn. On a CPU they share `threads`:
+        docs/SPEED.md has figures.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
         """
         manifest = read_manifest(BUNDLED_ENGINE if engine is None else Path(engine), verify)

@@ -28,7 +28,7 @@ from .repository import Options, write_repository
 @click.option("--queue-timeout", "queue_timeout_us", default=0, show_default=True, help="Microseconds that a request may wait, 0: any.")
 @click.option("--env", help="EXECUTION_ENV_PATH: an environment with the wheels; default: that of the server.")
 @click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
-@click.option("--threads", type=int, help="CPU threads of an instance; default: all that its process may use.")
+@click.option("--threads", type=int, help="CPU threads of an instance; default: its part of all that may be used.")
 @click.option("--warmup/--no-warmup", default=True, show_default=True, help="Draw before the model is ready.")
 @click.option("--graphs", is_flag=True, help="Every graph as a model of its own too, for services that run the loop themselves.")
 @click.option("--force", is_flag=True, help="Replace models that exist.")

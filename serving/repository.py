@@ -47,7 +47,7 @@ class Options:
     a request waits for others to be drawn with. instances: processes, each with the engine in memory; on `gpus`, or on the CPU without
     any. png_instances: of the model that encodes, as many as draw by default. priorities: levels, 0 for none. queue_size,
     queue_timeout_us: requests that wait at most, and how long; 0 for no limit. env: EXECUTION_ENV_PATH, a packed or unpacked environment
-    with the wheels. threads: on the CPU.
+    with the wheels. threads: of an instance on the CPU; by default they share all.
     """
 
     name: str = "enat"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import EnatError, InputError
 from ..runtime.classes import class_index
+from ..runtime.cores import part_of_threads
 from ..runtime.outputs import request_for
 from ..runtime.pictures import png_bytes, to_pil
 from ..runtime.pipeline import Pipeline
@@ -46,7 +47,7 @@ class PictureModel:
             Path(args["model_repository"], args["model_version"], "engine"),
             parameter(config, "backend") or "auto",
             device,
-            int(threads) if threads else None,
+            int(threads) if threads else part_of_threads(sum(group["count"] for group in config["instance_group"])),
         )
         self.pipeline.require_images()
 

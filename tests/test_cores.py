@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from enat.runtime import cores
+from enat.runtime.backends.onnxruntime_cpu import session_threads
 
 # Control groups as systems show them: /proc/self/cgroup, the files of /sys/fs/cgroup, and the quota in cores.
 CONTROL_GROUPS = {
@@ -67,6 +68,13 @@ def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch, affinity: int, quota: 
     assert cores.allowed_threads() == allowed
 
 
+def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for allowed, expected in ((None, [None, 32, 21, 1]), (6, [None, 3, 2, 1])):
+        monkeypatch.setattr(cores, "allowed_threads", lambda allowed=allowed: allowed)
+        assert [cores.part_of_threads(processes) for processes in (1, 2, 3, 100)] == expected
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_a_pipeline_starts_no_more_threads(backend: str) -> None:
@@ -84,3 +92,25 @@ def test_a_pipeline_starts_no_more_threads(backend: str) -> None:
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "1\n", result.stderr
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_some_threads_are_not_those_of_other_processes(backend: str) -> None:
+    """A process that uses some of the cores leaves it to the system which."""
+    code = f"""if True:
+        import os
+        from enat import Pipeline
+        pipe = Pipeline.load(backend={backend!r}, threads=1)
+        pipe.generate([1], seed=0)
+        print(all(os.sched_getaffinity(int(task)) == os.sched_getaffinity(0) for task in os.listdir("/proc/self/task")))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_threads_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run a session work beside its own: together as many as are asked for."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for threads, slots, own in ((None, 1, 0), (3, 1, 3), (None, 2, 15), (4, 2, 3), (4, 4, 1), (4, 9, 1)):
+        assert session_threads(threads, slots) == own

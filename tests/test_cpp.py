@@ -34,6 +34,7 @@ from test_noise import VECTORS
 from enat import EnatError, Pipeline
 from enat.calibration.calibrate import Settings
 from enat.export.convert import Precision, convert_engine
+from enat.runtime.backends.cache_folder import cache_folder
 from enat.runtime.cores import allowed_threads
 from enat.runtime.manifest import FILE, REQUIRED_GRAPHS, file_entries, read_manifest
 from enat.runtime.noise import step_noise
@@ -244,6 +245,29 @@ def test_threads_that_are_allowed(internals: ctypes.CDLL) -> None:
             assert internals.test_allowed_threads() == (allowed_threads() or 0)
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_the_cache_folder_is_that_of_python(internals: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    internals.test_cache_folder.restype = ctypes.c_char_p
+
+    def found() -> str:
+        return str(internals.test_cache_folder(str(BUNDLED_ENGINE).encode()).decode())
+
+    manifest = read_manifest(BUNDLED_ENGINE)
+    monkeypatch.delenv("ENAT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("HOME", "XDG_CACHE_HOME", "ENAT_CACHE"):  # each goes before those before it
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert found() == str(cache_folder(manifest, "kind"))
+        assert found().startswith(str(tmp_path / name)) and Path(found()).is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file"))
+    assert found() == f"{tmp_path / 'file'}: the cache folder (ENAT_CACHE) cannot be written: Not a directory"
+    monkeypatch.setenv("ENAT_CACHE", "")
+    assert found() == ""
+    monkeypatch.delenv("ENAT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert found() == ""
 
 
 def test_noise(internals: ctypes.CDLL) -> None:

@@ -1,13 +1,12 @@
 #include "execution_providers.hpp"
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "cache_folder.hpp"
 #include "cores.hpp"
 #include "int8_probe.hpp"
 #include "messages.hpp"
@@ -41,6 +40,13 @@ bool int8_saturates(Ort::Env& env) {
     return saturates;
 }
 
+/// Threads of a session, which counts one that runs it among them: all that run it and those of its own are to be as many as were asked
+/// for, by default as the process may use. 0: as ONNX Runtime chooses for one.
+int session_threads(const Options& options) {
+    const int threads = options.threads ? options.threads : allowed_threads();
+    return options.slots == 1 ? threads : std::max(1, (threads ? threads : machine_threads()) - options.slots + 1);
+}
+
 /// Calls an `Update…ProviderOptions` of ONNX Runtime.
 template <typename Update, typename Handle>
 void update(Update function, Handle* handle, const Pairs& pairs) {
@@ -68,18 +74,15 @@ void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& ma
     Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&created));
     const std::unique_ptr<OrtTensorRTProviderOptionsV2, decltype(api.ReleaseTensorRTProviderOptions)> tensorrt(
         created, api.ReleaseTensorRTProviderOptions);
-    const std::string folder = (manifest.folder / "tensorrt" / "onnxruntime").string();  // where the Python runtime keeps them
-    std::error_code error;
-    std::filesystem::create_directories(folder, error);  // ONNX Runtime makes no more than the last folder of a path
-    if (error) throw BackendError(one_line(folder) + ": cannot be written: " + error.message());
+    const std::string folder = cache_folder(manifest.folder, "onnxruntime-tensorrt").string(), kept = folder.empty() ? "0" : "1";
     const std::string half = manifest.float_type == "float16" ? "1" : "0";
     update(api.UpdateTensorRTProviderOptions, tensorrt.get(),
            {{"device_id", std::to_string(index)},
             {"trt_fp16_enable", half},
             {"trt_layer_norm_fp32_fallback", half},
-            {"trt_engine_cache_enable", "1"},
+            {"trt_engine_cache_enable", kept},
             {"trt_engine_cache_path", folder},
-            {"trt_timing_cache_enable", "1"},
+            {"trt_timing_cache_enable", kept},
             {"trt_timing_cache_path", folder}});
     session.AppendExecutionProvider_TensorRT_V2(*tensorrt);
 }
@@ -113,7 +116,7 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
     }
     try {
         Ort::SessionOptions session;
-        session.SetIntraOpNumThreads(options.threads ? options.threads : allowed_threads());
+        session.SetIntraOpNumThreads(session_threads(options));
         session.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         // Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         session.AddConfigEntry("session.force_spinning_stop", "1");

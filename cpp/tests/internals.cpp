@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <string>
 
+#include "cache_folder.hpp"
 #include "cores.hpp"
 #include "noise.hpp"
 #include "schedule.hpp"
@@ -49,3 +52,14 @@ EXPORT std::int64_t test_schedule(std::int64_t length, std::int64_t steps, doubl
 EXPORT double test_least_quota(const char* root) { return enat::least_quota(root).value_or(0); }
 
 EXPORT int test_allowed_threads() { return enat::allowed_threads(); }
+
+/// Where what is compiled from an engine is kept, or why it cannot be.
+EXPORT const char* test_cache_folder(const char* engine) {
+    static std::string found;
+    try {
+        found = enat::cache_folder(engine, "kind").string();
+    } catch (const std::exception& error) {
+        found = error.what();
+    }
+    return found.c_str();
+}

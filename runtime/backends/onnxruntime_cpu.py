@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -26,10 +27,10 @@ def int8_saturates() -> bool:
     return saturate(lambda x: session.run(None, {"x": x})[0])
 
 
-def session_options(manifest: Manifest, threads: int | None = None) -> ort.SessionOptions:
+def session_options(manifest: Manifest, threads: int | None = None, slots: int = 1) -> ort.SessionOptions:
     """What an engine's graphs need of ONNX Runtime on this CPU; warns where that is slow."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = session_threads(threads, slots)
     # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4
@@ -39,6 +40,13 @@ def session_options(manifest: Manifest, threads: int | None = None) -> ort.Sessi
     return options
 
 
+def session_threads(threads: int | None, slots: int) -> int:
+    """Of a session, which counts one that runs it among its threads: all that run it and those of its own are to be `threads`, by default
+    as many as the machine has. 0: as ONNX Runtime chooses for one.
+    """
+    return threads or 0 if slots == 1 else max(1, (threads or os.cpu_count() or 1) - slots + 1)
+
+
 class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
     """One session a graph, made when the graph is first run, and shared by all lanes."""
 
@@ -46,7 +54,7 @@ class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         self.device = device
-        options = session_options(manifest, threads)
+        options = session_options(manifest, threads, slots)
         sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
         self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions), slots, sessions.close)
         self.sessions = sessions

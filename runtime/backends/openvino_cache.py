@@ -26,6 +26,8 @@ from ..manifest import Manifest, check_file
 from . import openvino_graphs
 from .cache_folder import cache_folder
 
+THREADS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING")  # options that leave a compiled graph as it is
+
 
 class CompiledGraph:
     """A graph that can be run, and the file that its weights are read from, if it came from one."""
@@ -56,7 +58,7 @@ class GraphCache:
             self.manifest.hash,
             ov.__version__,
             rewrites(),
-            *(f"{name}={value}" for name, value in sorted(self.options.items()) if name != "INFERENCE_NUM_THREADS"),
+            *(f"{name}={value}" for name, value in sorted(self.options.items()) if name not in THREADS),
             *(str(self.core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")),
         ]
         return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]

@@ -48,7 +48,8 @@ class CompiledGraphs:
         if too_wide(manifest, lambda: int8_saturates(self.core)):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         if threads:
-            self.options["INFERENCE_NUM_THREADS"] = threads
+            # By itself OpenVINO binds threads to the machine's first cores: those of all processes that use some of them.
+            self.options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         self.cache = GraphCache(self.core, manifest, self.options)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
