@@ -17,15 +17,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import Result
 from conftest import DATA, Golden, invoke, read_golden, refused
+from onnx.reference import ReferenceEvaluator
 
 from enat import Pipeline
 from enat.errors import CheckpointError, ExportError
 from enat.export.cli import main
 from enat.export.directory import put_in_place
+from enat.export.trace import spell_out_shapes
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
 from enat.models.presets import PRESETS, preset_class_names
 from enat.runtime.manifest import FILE
@@ -86,6 +89,34 @@ def test_graphs_keep_the_contract(engines: Callable[[str], Path], name: str) -> 
     assert not model.functions
     # nothing of the machine that it was made on
     assert b".py" not in path.read_bytes()
+    # shapes are those of inputs, or known
+    assert {node.input[0] for node in model.graph.node if node.op_type == "Shape"} <= set(inputs)
+
+
+@pytest.mark.parametrize(
+    ("graph", "changed"),
+    [
+        ("(float[b, 4, 6] a, float[b, 2, 12] c) => (float[b, 4, 6] y) { s = Shape(a) y = Reshape(c, s) }", [0, 4, 6]),
+        ("(float[b, 4, 6] a, float[b, w, 12] c) => (float[b, w, 12] y) { s = Shape(c) y = Reshape(a, s) }", None),
+        ("(float[b, 4, 6] a, float[2, b, 12] c) => (float[b, 4, 6] y) { s = Shape(a) y = Reshape(c, s) }", None),
+        ("(float[b, 24] a, float[b, 4, 6] c) => (float[24] y) { s = Shape<start = 1>(a) y = Reshape(c, s) }", None),
+        ("(float[b, 4, 6] a, float[b, 24] c) => (float[b, 4, 6] y, int64[3] s) { s = Shape(a) y = Reshape(c, s) }", [0, 4, 6]),
+    ],
+)
+def test_shapes_that_are_known_are_spelled_out(graph: str, changed: list[int] | None) -> None:
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {graph}')
+    traced = ir.from_proto(model)
+    spell_out_shapes(traced)
+    result = ir.to_proto(traced)
+    onnx.checker.check_model(result, full_check=True)
+    assert [onnx.numpy_helper.to_array(one).tolist() for one in result.graph.initializer] == ([changed] if changed else [])
+    rng = np.random.default_rng(0)
+    inputs = {
+        value.name: rng.random([dim.dim_value or 2 for dim in value.type.tensor_type.shape.dim], np.float32) for value in model.graph.input
+    }
+    if changed:
+        expected, found = (ReferenceEvaluator(one).run(None, inputs)[0] for one in (model, result))
+        assert np.array_equal(expected, found)
 
 
 def test_manifest(engines: Callable[[str], Path]) -> None:
