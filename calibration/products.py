@@ -29,7 +29,7 @@ class Product:
     output: str
     weights: int  # how many
     quantized: bool
-    places: str | int  # how many vectors are multiplied: a field of the schedule's steps, or pixels
+    places: str | int  # how many vectors are multiplied: a field of the schedule's steps, or pixels that are made
 
     @property
     def channel_axis(self) -> int:
@@ -88,10 +88,10 @@ def as_product(graph: str, node: ir.Node) -> Product | None:
         raise ExportError(f"{graph}.onnx: its layers have no names: it was made by an older enat; export the checkpoint again")
     if quantized := not weight.is_initializer():
         weight, value = before(weight), before(before(value))
-    output = str(node.outputs[0].name)
-    assert weight.const_value is not None and value.shape is not None
-    places = math.prod(fixed(dim) for dim in value.shape[2:]) if node.op_type == "Conv" else str(value.shape[1])
-    return Product(str(node.name), graph, node.op_type, str(value.name), output, weight.const_value.size, quantized, places)
+    result = node.outputs[0]
+    assert weight.const_value is not None and value.shape is not None and result.shape is not None
+    places = math.prod(fixed(dim) for dim in result.shape[2:]) if node.op_type == "Conv" else str(value.shape[1])
+    return Product(str(node.name), graph, node.op_type, str(value.name), str(result.name), weight.const_value.size, quantized, places)
 
 
 def fixed(dim: int | ir.SymbolicDim) -> int:
@@ -123,7 +123,7 @@ def find_groups(products: Sequence[Product]) -> list[Group]:
 def multiply_adds(product: Product, steps: Sequence[Step]) -> int:
     """How many multiply-adds a product does for one picture; from the second step on the network has two rows an image."""
     if isinstance(product.places, int):
-        return product.places * product.weights  # the image decoder's convolutions keep the resolution
+        return product.places * product.weights  # every pixel that a convolution makes
     guided = any(step.guidance > 0 for step in steps)
     rows = [2 if guided and step.index > 0 else 1 for step in steps]
     return sum(n * int(getattr(step, product.places)) for n, step in zip(rows, steps, strict=True)) * product.weights

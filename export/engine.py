@@ -20,7 +20,7 @@ from ..runtime.manifest import FORMAT, VERSION, sha256
 from ..runtime.schedule import schedule
 from . import verify
 from .directory import check_target, producer, put_in_place, write_manifest
-from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean
+from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean, lean_decoder
 from .tables import OPSET, condition_graph, sampler_graph
 from .trace import Port, trace
 
@@ -142,7 +142,8 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
         report("image decoder")
         tokens, positions = (Port(name, ("batch", config.length)) for name in ("tokens", "positions"))
         example = next(verify.image_decoder_cases(config.codes, config.length, batches=(2,)))
-        graph = trace(ImageDecoderGraph(tokenizer), example, [tokens, positions], [Port("images", ("batch", size, size, 3))])
+        with lean_decoder(tokenizer), torch.inference_mode():
+            graph = trace(ImageDecoderGraph(tokenizer), example, [tokens, positions], [Port("images", ("batch", size, size, 3))])
         add("image_decoder", graph, ImageDecoderGraph(tokenizer), verify.image_decoder_cases(config.codes, config.length))
         if image_encoder:
             report("image encoder")

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from ..calibration.products import is_product
 from .tables import IR_VERSION, OPSET
+from .tidy import join_slices, shuffle_whole_channels, spell_out_shapes
 
 
 @dataclass(frozen=True)
@@ -51,33 +51,11 @@ def trace(module: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Por
     for value, port in zip((*model.graph.inputs, *model.graph.outputs), (*inputs, *outputs), strict=True):
         value.shape = ir.Shape(port.dims)
     spell_out_shapes(model)
+    join_slices(model)
+    shuffle_whole_channels(model)
     name_weights(model)
     strip(model)
     return model
-
-
-def spell_out_shapes(model: ir.Model) -> None:
-    """Brings values into shapes that are known but for the batch by these, and not by asking another value for its own, which it would
-    have to be computed for: an 8-bit one as floats.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Reshape":
-            continue
-        value, wanted = node.inputs
-        asked = wanted.producer() if wanted is not None else None
-        if value is None or asked is None or asked.op_type != "Shape" or asked.inputs[0] is None:
-            continue
-        before, after = value.shape, asked.inputs[0].shape
-        if not before or not after or before[0] != after[0] or not all(isinstance(size, int) for size in after[1:]):
-            continue
-        if asked.attributes.get_int("start", 0) or "end" in asked.attributes:
-            continue  # a part of the shape
-        sizes = np.array([0, *after[1:]], np.int64)  # 0: as it was
-        shape = ir.Value(name=f"{asked.outputs[0].name}_known", const_value=ir.tensor(sizes))
-        model.graph.register_initializer(shape)
-        node.replace_input_with(1, shape)
-        if not asked.outputs[0].uses() and not asked.outputs[0].is_graph_output():
-            model.graph.remove(asked, safe=True)
 
 
 def name_weights(model: ir.Model) -> None:

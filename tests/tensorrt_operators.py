@@ -26,6 +26,7 @@ TYPES = {
     ),
     **dict.fromkeys(("AveragePool", "Clip", "Conv", "CumSum", "Floor", "InstanceNormalization", "LayerNormalization"), FLOATS),
     **dict.fromkeys(("LogSoftmax", "MatMul", "Resize", "Sigmoid", "Softmax", "QuantizeLinear"), FLOATS),
+    "DepthToSpace": {"FLOAT", "FLOAT16", "INT32", "INT64"},
     "Gelu": {*NUMBERS, "INT8"},
     "Cast": {*ANY, "UINT8"},
     "DequantizeLinear": {"INT8"},

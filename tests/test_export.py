@@ -28,9 +28,11 @@ from enat import Pipeline
 from enat.errors import CheckpointError, ExportError
 from enat.export.cli import main
 from enat.export.directory import put_in_place
-from enat.export.trace import spell_out_shapes
+from enat.export.graphs import lean_decoder
+from enat.export.tidy import join_slices, shuffle_whole_channels, spell_out_shapes
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
 from enat.models.presets import PRESETS, preset_class_names
+from enat.models.tokenizer import Tokenizer, TokenizerConfig
 from enat.runtime.manifest import FILE
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
@@ -117,6 +119,83 @@ def test_shapes_that_are_known_are_spelled_out(graph: str, changed: list[int] | 
     if changed:
         expected, found = (ReferenceEvaluator(one).run(None, inputs)[0] for one in (model, result))
         assert np.array_equal(expected, found)
+
+
+SLICES = [
+    (("1, 0", "5, -1", "0, 2", "1, 2"), ("1", "-1", "1", "1"), True),
+    (("1", "-1", "2", "1"), ("1", "-1", "2", "1"), False),  # along the same axis
+    (("1", "-1", "2", "1"), ("l", "-1", "1", "1"), False),  # from where an input says
+]
+
+
+@pytest.mark.parametrize(("first", "second", "joined"), SLICES)
+def test_slices_along_several_axes_are_joined(first: tuple[str, ...], second: tuple[str, ...], joined: bool) -> None:
+    def constants(letter: str, values: tuple[str, ...]) -> str:
+        return " ".join(
+            f"{letter}{i} = Constant<value = int64[{value.count(',') + 1}] {{{value}}}>()" if value != "l" else f"{letter}{i} = Identity(l)"
+            for i, value in enumerate(values)
+        )
+
+    cut = "x = Slice(a, f0, f1, f2, f3) y = Slice(x, s0, s1, s2, s3)"
+    text = f"(float[b, 4, 6] a, int64[1] l) => (float[p, q, r] y) {{ {constants('f', first)} {constants('s', second)} {cut} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}')
+    traced = ir.from_proto(model)
+    for node in [node for node in traced.graph if node.op_type == "Constant"]:  # as the exporter leaves them
+        value = node.outputs[0]
+        value.const_value = node.attributes["value"].as_tensor()
+        value.name, name = f"{value.name}_node", value.name
+        stored = ir.Value(name=name, const_value=value.const_value)
+        traced.graph.register_initializer(stored)
+        for user, index in list(value.uses()):
+            user.replace_input_with(index, stored)
+        traced.graph.remove(node, safe=True)
+    join_slices(traced)
+    result = ir.to_proto(traced)
+    onnx.checker.check_model(result)
+    assert [node.op_type for node in result.graph.node].count("Slice") == (1 if joined else 2)
+    inputs = {"a": np.random.default_rng(0).random((7, 4, 6), np.float32), "l": np.array([2])}
+    expected, found = (ReferenceEvaluator(one).run(None, inputs)[0] for one in (model, result))
+    assert found.size and np.array_equal(expected, found)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_of_whole_channels(shared: bool) -> None:
+    """The weights' order and the operator's mode change together; weights that another convolution uses stay as they are."""
+    rng = np.random.default_rng(0)
+    another = "z = Conv<kernel_shape = [2, 2]>(a, w)" if shared else "z = Identity(a)"
+    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[b, 3, 5, 5] a) => (float[b, 2, 8, 8] y, float[b, m, p, q] z) {{
+      x = Conv<kernel_shape = [2, 2]>(a, w, c)
+      y = DepthToSpace<blocksize = 2, mode = "CRD">(x)
+      {another}
+    }}"""
+    model = onnx.parser.parse_model(text)
+    weights = {"w": rng.random((8, 3, 2, 2), np.float32), "c": rng.random(8, np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in weights.items())
+    traced = ir.from_proto(model)
+    shuffle_whole_channels(traced)
+    result = ir.to_proto(traced)
+    modes = [onnx.helper.get_node_attr_value(node, "mode") for node in result.graph.node if node.op_type == "DepthToSpace"]
+    assert modes == [b"CRD" if shared else b"DCR"]
+    inputs = {"a": rng.random((2, 3, 5, 5), np.float32)}
+    expected, found = (ReferenceEvaluator(one).run(["y"], inputs)[0] for one in (model, result))
+    assert np.allclose(expected, found, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [(32,), (32, 64), (32, 32, 64)])
+def test_pictures_in_blocks_are_the_same(channels: tuple[int, ...]) -> None:
+    """Upsampling and the last convolution in their form for tracing, in double precision; grids with odd edges too."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(channels, 1, 1, codes=16, code_dim=8)).double()
+    tokens = torch.randint(16, (2, 9))
+    with torch.inference_mode():
+        expected = tokenizer.decode(tokens)
+        with lean_decoder(tokenizer):
+            assert len([name for name, _ in tokenizer.named_modules() if name.endswith("upsample.conv")]) == len(channels) - 1
+            found = tokenizer.decode(tokens)
+        assert torch.equal(tokenizer.decode(tokens), expected)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert len(channels) == 1 or not torch.equal(found, expected)  # it was computed in another way
 
 
 def test_manifest(engines: Callable[[str], Path]) -> None:

@@ -89,6 +89,20 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
     assert found.psnr is not None and found.psnr >= psnr
 
 
+@pytest.mark.parametrize(("name", "graphs"), [("fp16", {*GRAPHS}), ("int8", {"decoder"})])
+def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, graphs: set[str]) -> None:
+    """Where the CPU does, which decides what a compiled graph is kept for."""
+    with Pipeline.load(precisions[name], "openvino") as engine:
+        compiled = engine.backend.graphs
+        found, files = {}, {}
+        for has in (False, True):
+            compiled.has_bfloat16 = has
+            found[has] = {graph for graph in GRAPHS if compiled.options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"}
+            files[has] = {graph: compiled.cache.file(graph) for graph in GRAPHS}
+    assert found == {False: set(), True: graphs}
+    assert {graph for graph in GRAPHS if files[False][graph] != files[True][graph]} == graphs
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86 CPU: its kernels do not saturate")
 def test_kernels_that_saturate(precisions: dict[str, Path], tmp_path: Path) -> None:
     """A CPU without VNNI, as OpenVINO's kernels take it from this variable, adds pairs of 8-bit products in too few bits."""
@@ -243,7 +257,7 @@ def test_what_decides_whether_a_kept_graph_is_taken(monkeypatch: pytest.MonkeyPa
     core, manifest = ov.Core(), openvino.manifest
 
     def key(manifest: Manifest = manifest, **options: Any) -> str | None:
-        file = GraphCache(core, manifest, {"INFERENCE_PRECISION_HINT": "f32", **options}).file("encoder")
+        file = GraphCache(core, manifest, lambda graph: {"INFERENCE_PRECISION_HINT": "f32", **options}).file("encoder")
         return file and file.name
 
     assert key() is not None and key() == key(INFERENCE_NUM_THREADS=1)

@@ -46,26 +46,22 @@ class CompiledGraph:
 class GraphCache:
     """Compiled graphs of one engine."""
 
-    def __init__(self, core: ov.Core, manifest: Manifest, options: Mapping[str, Any]) -> None:
-        """options: OpenVINO's, to run graphs with."""
-        self.core, self.manifest, self.options = core, manifest, dict(options)
+    def __init__(self, core: ov.Core, manifest: Manifest, options: Callable[[str], Mapping[str, Any]]) -> None:
+        """options: gives OpenVINO's, to run a graph with."""
+        self.core, self.manifest, self.options = core, manifest, options
         self.folder = cache_folder(manifest, "openvino")
 
     @functools.cached_property
-    def key(self) -> str:
-        """All that decides how a graph is compiled, as a hash."""
-        made_of = [
-            self.manifest.hash,
-            ov.__version__,
-            rewrites(),
-            *(f"{name}={value}" for name, value in sorted(self.options.items()) if name not in THREADS),
-            *(str(self.core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")),
-        ]
-        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    def shared_key(self) -> list[str]:
+        """What decides how all graphs are compiled."""
+        properties = (self.core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
+        return [self.manifest.hash, ov.__version__, rewrites(), *map(str, properties)]
 
     def file(self, graph: str) -> Path | None:
-        """Where a graph is kept."""
-        return self.folder and self.folder / f"{graph}-{self.key}.blob"
+        """Where a graph is kept: under a hash of all that decides how it is compiled."""
+        options = [f"{name}={value}" for name, value in sorted(self.options(graph).items()) if name not in THREADS]
+        key = hashlib.sha256(repr([*self.shared_key, *options]).encode()).hexdigest()[:16]
+        return self.folder and self.folder / f"{graph}-{key}.blob"
 
     def keeps(self, graph: str) -> bool:
         file = self.file(graph)
@@ -80,7 +76,7 @@ class GraphCache:
         if file is None:
             return CompiledGraph(compile_graph())
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # missing, cut short, unreadable
-            return self.read(file)
+            return self.read(graph, file)
         for name, entry in self.manifest.files.items():
             if name.startswith(f"{graph}.onnx"):  # large files are not hashed at load: what is wrong must not be kept
                 check_file(self.manifest.folder, name, entry, verify=True)
@@ -88,18 +84,18 @@ class GraphCache:
         try:
             with WholeFile(file) as partial:
                 partial.write_bytes(model.export_model().getbuffer())
-            return self.read(file)  # it has the weights once, what was compiled twice
+            return self.read(graph, file)  # it has the weights once, what was compiled twice
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             why = system_reason(error) if isinstance(error, OSError) else reason(error)
             warnings.warn(f"{file}: not usable, the graph is compiled again at the next start: {why}", RuntimeWarning, stacklevel=2)
             return CompiledGraph(model)
 
-    def read(self, file: Path) -> CompiledGraph:
+    def read(self, graph: str, file: Path) -> CompiledGraph:
         """Raises OSError, ValueError or RuntimeError for a file that is missing, empty, or not what OpenVINO expects."""
         with file.open("rb") as opened:
             mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         tensor = ov.Tensor(np.frombuffer(mapping, np.uint8), shared_memory=True)
-        return CompiledGraph(self.core.import_model(tensor, "CPU", self.options), mapping, tensor)
+        return CompiledGraph(self.core.import_model(tensor, "CPU", self.options(graph)), mapping, tensor)
 
 
 def rewrites() -> str:

@@ -29,31 +29,36 @@ def int8_saturates(core: ov.Core) -> bool:
     return saturate(lambda x: probe(x)[0])
 
 
-class CompiledGraphs:
-    """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs.
+def wants_bfloat16(precision: str, graph: str) -> bool:
+    """Whether a graph computes in bfloat16 where the CPU does. Of the decoder's time in an 8-bit engine a fifth goes to its last
+    products, which stay float; the encoder has none such, and is no faster for it."""
+    return precision == "fp16" or (precision == "int8" and graph == "decoder")
 
-    fp16 engines run in bfloat16 where the CPU computes in it, else in float32. What 8-bit engines leave in float runs in float32.
-    """
+
+class CompiledGraphs:
+    """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs."""
 
     def __init__(self, manifest: Manifest, threads: int | None) -> None:
         self.manifest = manifest
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
             raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
-        bfloat16 = manifest.precision == "fp16" and "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",  # all threads work on one batch
-            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
-        }
+        self.has_bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if too_wide(manifest, lambda: int8_saturates(self.core)):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
+        self.shared_options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
         if threads:
             # By itself OpenVINO binds threads to the machine's first cores: those of all processes that use some of them.
-            self.options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+            self.shared_options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         self.cache = GraphCache(self.core, manifest, self.options)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
+
+    def options(self, graph: str) -> dict[str, Any]:
+        """OpenVINO's, to run a graph with."""
+        bfloat16 = self.has_bfloat16 and wants_bfloat16(self.manifest.precision, graph)
+        return {**self.shared_options, "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
 
     def load(self, graph: str) -> Future[CompiledGraph]:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
@@ -67,7 +72,7 @@ class CompiledGraphs:
     def load_now(self, graph: str) -> CompiledGraph:
         try:
             path = self.manifest.path(f"{graph}.onnx")
-            return self.cache.get(graph, lambda: self.compile(path))
+            return self.cache.get(graph, lambda: self.compile(graph, path))
         except BaseException as error:
             with self.lock:
                 self.loading.pop(graph, None)  # to be tried again
@@ -75,9 +80,9 @@ class CompiledGraphs:
                 raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
             raise
 
-    def compile(self, path: Path) -> ov.CompiledModel:
+    def compile(self, graph: str, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
-        return self.core.compile_model(model, "CPU", {**self.options, **rewrite(model)})
+        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model)})
 
     def close(self) -> None:
         self.loader.shutdown(wait=False, cancel_futures=True)
