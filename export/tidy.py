@@ -37,14 +37,14 @@ def join_slices(model: ir.Model) -> None:
         first = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
         if first is None or first.op_type != "Slice" or len(first.outputs[0].uses()) != 1 or first.outputs[0].is_graph_output():
             continue
-        cuts = [slice_ranges(first), slice_ranges(node)]
-        if None in cuts or set(cuts[0][2]) & set(cuts[1][2]):  # type: ignore[index]
+        inner, outer = slice_ranges(first), slice_ranges(node)
+        if inner is None or outer is None or set(inner[2]) & set(outer[2]) or min(*inner[2], *outer[2]) < 0:
             continue
         node.replace_input_with(0, first.inputs[0])
-        for index, parts in enumerate(zip(*cuts, strict=True)):  # type: ignore[arg-type]
+        for index, parts in enumerate(zip(inner, outer, strict=True), start=1):
             joined = ir.Value(name=f"{node.name}_joined_{index}", const_value=ir.tensor(np.concatenate(parts)))
             model.graph.register_initializer(joined)
-            node.replace_input_with(index + 1, joined)
+            node.replace_input_with(index, joined)
         model.graph.remove(first, safe=True)
 
 
@@ -67,7 +67,8 @@ def shuffle_whole_channels(model: ir.Model) -> None:
         node.attributes["mode"] = ir.AttrString("mode", "DCR")
 
 
-def slice_ranges(node: ir.Node) -> tuple[NDArray[np.int64], ...] | None:
-    """Starts, ends, axes and steps of a Slice; None where they are not all constants."""
+def slice_ranges(node: ir.Node) -> list[NDArray[np.int64]] | None:
+    """Starts, ends, axes and steps of a Slice; None where they are not all given, as constants."""
     constants = [value.const_value for value in node.inputs[1:] if value is not None]
-    return tuple(one.numpy() for one in constants if one is not None) if sum(one is not None for one in constants) == 4 else None
+    ranges = [one.numpy() for one in constants if one is not None]
+    return ranges if len(ranges) == 4 else None

@@ -124,6 +124,7 @@ def test_shapes_that_are_known_are_spelled_out(graph: str, changed: list[int] | 
 SLICES = [
     (("1, 0", "5, -1", "0, 2", "1, 2"), ("1", "-1", "1", "1"), True),
     (("1", "-1", "2", "1"), ("1", "-1", "2", "1"), False),  # along the same axis
+    (("1", "-1", "2", "1"), ("1", "-1", "-1", "1"), False),  # which may be the same
     (("1", "-1", "2", "1"), ("l", "-1", "1", "1"), False),  # from where an input says
 ]
 
