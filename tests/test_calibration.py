@@ -199,21 +199,21 @@ def test_divergence() -> None:
 
 
 def test_multiply_adds(pipe: Pipeline, graphs: Graphs, groups: list[Group], trajectories: list[Trajectory], tmp_path: Path) -> None:
-    """Counted from the schedule as from the numbers that really arrive."""
+    """Counted from the schedule as from the numbers that the products really give."""
     one = trajectories[0]
-    seen = dict.fromkeys(((group.graph, group.input) for group in groups), 0)
+    products = [product for group in groups for product in group.products]
+    seen = dict.fromkeys(((product.graph, product.output) for product in products), 0)
 
     def watch(graph: str, name: str, value: np.ndarray) -> None:
         axis = 1 if graph == "image_decoder" else -1
         seen[graph, name] += value.size // value.shape[axis]
 
-    taps = {graph: [group.input for group in groups if group.graph == graph] for graph in ("encoder", "decoder", "image_decoder")}
+    taps = {name: [product.output for product in products if product.graph == name] for name in ("encoder", "decoder", "image_decoder")}
     lane = TappedLane(pipe.manifest, graphs, tmp_path, taps, watch)
     replay(lane, pipe.manifest, one)
     lane.run("image_decoder", {"tokens": one.tokens, "positions": one.positions})
-    for group in groups:
-        for product in group.products:
-            assert multiply_adds(product, one.steps) * len(one.labels) == seen[group.graph, group.input] * product.weights, product
+    for product in products:
+        assert multiply_adds(product, one.steps) * len(one.labels) == seen[product.graph, product.output] * product.weights, product
 
 
 def test_smoothing_changes_no_result(
