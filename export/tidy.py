@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..calibration.quantize import constant
+
 
 def spell_out_shapes(model: ir.Model) -> None:
     """Brings values into shapes that are known but for the batch by these, and not by asking another value for its own, which it would
@@ -24,9 +26,7 @@ def spell_out_shapes(model: ir.Model) -> None:
         if asked.attributes.get_int("start", 0) or "end" in asked.attributes:
             continue  # a part of the shape
         sizes = np.array([0, *after[1:]], np.int64)  # 0: as it was
-        shape = ir.Value(name=f"{asked.outputs[0].name}_known", const_value=ir.tensor(sizes))
-        model.graph.register_initializer(shape)
-        node.replace_input_with(1, shape)
+        node.replace_input_with(1, constant(model.graph, f"{asked.outputs[0].name}_known", sizes))
         if not asked.outputs[0].uses() and not asked.outputs[0].is_graph_output():
             model.graph.remove(asked, safe=True)
 
@@ -42,9 +42,7 @@ def join_slices(model: ir.Model) -> None:
             continue
         node.replace_input_with(0, first.inputs[0])
         for index, parts in enumerate(zip(inner, outer, strict=True), start=1):
-            joined = ir.Value(name=f"{node.name}_joined_{index}", const_value=ir.tensor(np.concatenate(parts)))
-            model.graph.register_initializer(joined)
-            node.replace_input_with(index, joined)
+            node.replace_input_with(index, constant(model.graph, f"{node.name}_joined_{index}", np.concatenate(parts)))
         model.graph.remove(first, safe=True)
 
 

@@ -131,25 +131,12 @@ SLICES = [
 
 @pytest.mark.parametrize(("first", "second", "joined"), SLICES)
 def test_slices_along_several_axes_are_joined(first: tuple[str, ...], second: tuple[str, ...], joined: bool) -> None:
-    def constants(letter: str, values: tuple[str, ...]) -> str:
-        return " ".join(
-            f"{letter}{i} = Constant<value = int64[{value.count(',') + 1}] {{{value}}}>()" if value != "l" else f"{letter}{i} = Identity(l)"
-            for i, value in enumerate(values)
-        )
-
-    cut = "x = Slice(a, f0, f1, f2, f3) y = Slice(x, s0, s1, s2, s3)"
-    text = f"(float[b, 4, 6] a, int64[1] l) => (float[p, q, r] y) {{ {constants('f', first)} {constants('s', second)} {cut} }}"
+    given = {f"{letter}{i}": value for letter, cut in (("f", first), ("s", second)) for i, value in enumerate(cut)}
+    constants = ", ".join(f"int64[{value.count(',') + 1}] {name} = {{{value}}}" for name, value in given.items() if value != "l")
+    f, s = (", ".join("l" if given[f"{letter}{i}"] == "l" else f"{letter}{i}" for i in range(4)) for letter in "fs")
+    text = f"(float[b, 4, 6] a, int64[1] l) => (float[p, q, r] y) <{constants}> {{ x = Slice(a, {f}) y = Slice(x, {s}) }}"
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}')
     traced = ir.from_proto(model)
-    for node in [node for node in traced.graph if node.op_type == "Constant"]:  # as the exporter leaves them
-        value = node.outputs[0]
-        value.const_value = node.attributes["value"].as_tensor()
-        value.name, name = f"{value.name}_node", value.name
-        stored = ir.Value(name=name, const_value=value.const_value)
-        traced.graph.register_initializer(stored)
-        for user, index in list(value.uses()):
-            user.replace_input_with(index, stored)
-        traced.graph.remove(node, safe=True)
     join_slices(traced)
     result = ir.to_proto(traced)
     onnx.checker.check_model(result)
