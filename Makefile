@@ -23,7 +23,7 @@ test: .venv/test/ready .venv/demo/ready .venv/triton/ready
 	.venv/test/bin/ruff format --check .
 	cd tests && ../.venv/test/bin/mypy --config-file ../pyproject.toml -p enat
 	.venv/test/bin/python -m pytest
-	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt_builds.py
+	PYTHONPATH=.venv/tensorrt-11 .venv/test/bin/python -m pytest -q tests/test_tensorrt_builds.py tests/test_tensorrt_building.py tests/test_tensorrt_running.py
 	.venv/demo/bin/python tests/without_torch.py
 
 # What takes long: statistics over thousands of pictures, printed too; servers at full load.

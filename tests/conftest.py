@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from tensorrt_stand_in import import_tensorrt
 
 from enat import Pipeline
 from enat.runtime.manifest import Manifest, read_manifest
@@ -23,6 +24,8 @@ from enat.runtime.pipeline import BUNDLED_ENGINE
 # Machines may be slow at times, for drawing examples too; and fixtures of one test serve all of its examples.
 settings.register_profile("enat", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("enat")
+
+pytest_plugins = ["cpp_library"]
 
 DATA = Path(__file__).parent / "data"
 
@@ -142,9 +145,16 @@ def int8(made: Make) -> Path:
 
 
 @pytest.fixture(scope="session")
-def float32() -> Iterator[Pipeline]:
+def bundled() -> Iterator[Pipeline]:
+    """The bundled engine."""
     with Pipeline.load() as pipeline:
         yield pipeline
+
+
+@pytest.fixture(scope="session")
+def trt() -> Any:
+    """The module `tensorrt`, as far as it is there."""
+    return import_tensorrt()
 
 
 def put_anything_anywhere(manifest: dict[str, Any], data: st.DataObject, numbers: st.SearchStrategy[float]) -> None:

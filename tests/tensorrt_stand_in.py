@@ -126,3 +126,23 @@ class StandIn:
         assert isinstance(member, property) and member.fset, f"{self._cls.__name__}.{name} cannot be set"
         self._results[name] = value
         self.calls.append((name, (value,)))
+
+
+class Refits:
+    """Stand-ins for what gives plans other weights."""
+
+    def __init__(self, trt: Any, monkeypatch: pytest.MonkeyPatch, succeeds: bool = True) -> None:
+        self.files: list[str] = []
+        self.refitted = 0
+        refitter, parser = trt.Refitter, trt.OnnxParserRefitter
+        monkeypatch.setattr(trt, "Refitter", lambda engine, logger: StandIn(refitter, refit_cuda_engine=self.refit))
+        monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, logger: StandIn(parser, refit_from_file=self.parse))
+        self.succeeds = succeeds
+
+    def parse(self, path: str) -> bool:
+        self.files.append(path)
+        return self.succeeds
+
+    def refit(self) -> bool:
+        self.refitted += 1
+        return True

@@ -444,6 +444,6 @@ def test_values_inside_have_types(graphs: Graphs) -> None:
                 assert isinstance(output.dtype, ir.DataType)
 
 
-def test_watching_starts_no_more_threads(float32: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_starts_no_more_threads(bundled: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("enat.calibration.tapped.allowed_threads", lambda: 1)
-    assert TappedLane(float32.manifest, {}, tmp_path).sessions.options.intra_op_num_threads == 1
+    assert TappedLane(bundled.manifest, {}, tmp_path).sessions.options.intra_op_num_threads == 1

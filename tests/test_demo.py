@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from enat import Pipeline
@@ -22,37 +20,31 @@ from enat.runtime.pipeline import BUNDLED_ENGINE
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Iterator[Pipeline]:
-    with Pipeline.load() as pipeline:
-        yield pipeline
-
-
 def test_size() -> None:
     assert sum(path.stat().st_size for path in BUNDLED_ENGINE.iterdir()) <= 20e6
 
 
-def test_quality(pipe: Pipeline) -> None:
+def test_quality(bundled: Pipeline) -> None:
     """The figures of the demo's README, on fewer pictures."""
     from enat.demo.evaluate import evaluate
 
-    figures = evaluate(pipe, ROOT / "demo" / "evaluation", num=20, seed=1234)
+    figures = evaluate(bundled, ROOT / "demo" / "evaluation", num=20, seed=1234)
     assert figures["generated"]["accuracy"] >= 0.9
     assert figures["real"]["accuracy"] >= 0.95
     assert figures["spread"]["mean"] >= 0.6
 
 
-def test_the_batch_does_not_matter(pipe: Pipeline) -> None:
+def test_the_batch_does_not_matter(bundled: Pipeline) -> None:
     classes = [3, 14, 15, 9, 26]
     for steps, guidance in itertools.product((1, 8, 64), (0.0, 2.0)):
-        together = pipe.generate(classes, seed=5, steps=steps, guidance=guidance)
+        together = bundled.generate(classes, seed=5, steps=steps, guidance=guidance)
         for batch_size in (1, 2, 3):
-            apart = pipe.generate(classes, seed=5, steps=steps, guidance=guidance, batch_size=batch_size)
+            apart = bundled.generate(classes, seed=5, steps=steps, guidance=guidance, batch_size=batch_size)
             assert np.array_equal(together, apart), (steps, guidance, batch_size)
 
 
-def test_classes(pipe: Pipeline) -> None:
-    model = pipe.manifest.model
+def test_classes(bundled: Pipeline) -> None:
+    model = bundled.manifest.model
     assert "".join(model.class_names or ()) == CLASSES
     assert parse_classes(model, ["R", "r", "7", "#7", "A-C", "0-2", "#0-#1"]) == [17, 17, 33, 7, 0, 1, 2, 26, 27, 28, 0, 1]
     assert parse_classes(model, ["all"]) == list(range(36))

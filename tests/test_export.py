@@ -17,22 +17,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from click.testing import Result
 from conftest import DATA, Golden, invoke, read_golden, refused
-from onnx.reference import ReferenceEvaluator
 
 from enat import Pipeline
 from enat.errors import CheckpointError, ExportError
 from enat.export.cli import main
 from enat.export.directory import put_in_place
-from enat.export.graphs import lean_decoder
-from enat.export.tidy import join_slices, shuffle_whole_channels, spell_out_shapes
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
 from enat.models.presets import PRESETS, preset_class_names
-from enat.models.tokenizer import Tokenizer, TokenizerConfig
 from enat.runtime.manifest import FILE
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
@@ -93,97 +88,6 @@ def test_graphs_keep_the_contract(engines: Callable[[str], Path], name: str) -> 
     assert b".py" not in path.read_bytes()
     # shapes are those of inputs, or known
     assert {node.input[0] for node in model.graph.node if node.op_type == "Shape"} <= set(inputs)
-
-
-@pytest.mark.parametrize(
-    ("graph", "changed"),
-    [
-        ("(float[b, 4, 6] a, float[b, 2, 12] c) => (float[b, 4, 6] y) { s = Shape(a) y = Reshape(c, s) }", [0, 4, 6]),
-        ("(float[b, 4, 6] a, float[b, w, 12] c) => (float[b, w, 12] y) { s = Shape(c) y = Reshape(a, s) }", None),
-        ("(float[b, 4, 6] a, float[2, b, 12] c) => (float[b, 4, 6] y) { s = Shape(a) y = Reshape(c, s) }", None),
-        ("(float[b, 24] a, float[b, 4, 6] c) => (float[24] y) { s = Shape<start = 1>(a) y = Reshape(c, s) }", None),
-        ("(float[b, 4, 6] a, float[b, 24] c) => (float[b, 4, 6] y, int64[3] s) { s = Shape(a) y = Reshape(c, s) }", [0, 4, 6]),
-    ],
-)
-def test_shapes_that_are_known_are_spelled_out(graph: str, changed: list[int] | None) -> None:
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {graph}')
-    traced = ir.from_proto(model)
-    spell_out_shapes(traced)
-    result = ir.to_proto(traced)
-    onnx.checker.check_model(result, full_check=True)
-    assert [onnx.numpy_helper.to_array(one).tolist() for one in result.graph.initializer] == ([changed] if changed else [])
-    rng = np.random.default_rng(0)
-    inputs = {
-        value.name: rng.random([dim.dim_value or 2 for dim in value.type.tensor_type.shape.dim], np.float32) for value in model.graph.input
-    }
-    if changed:
-        expected, found = (ReferenceEvaluator(one).run(None, inputs)[0] for one in (model, result))
-        assert np.array_equal(expected, found)
-
-
-SLICES = [
-    (("1, 0", "5, -1", "0, 2", "1, 2"), ("1", "-1", "1", "1"), True),
-    (("1", "-1", "2", "1"), ("1", "-1", "2", "1"), False),  # along the same axis
-    (("1", "-1", "2", "1"), ("1", "-1", "-1", "1"), False),  # which may be the same
-    (("1", "-1", "2", "1"), ("l", "-1", "1", "1"), False),  # from where an input says
-]
-
-
-@pytest.mark.parametrize(("first", "second", "joined"), SLICES)
-def test_slices_along_several_axes_are_joined(first: tuple[str, ...], second: tuple[str, ...], joined: bool) -> None:
-    given = {f"{letter}{i}": value for letter, cut in (("f", first), ("s", second)) for i, value in enumerate(cut)}
-    constants = ", ".join(f"int64[{value.count(',') + 1}] {name} = {{{value}}}" for name, value in given.items() if value != "l")
-    f, s = (", ".join("l" if given[f"{letter}{i}"] == "l" else f"{letter}{i}" for i in range(4)) for letter in "fs")
-    text = f"(float[b, 4, 6] a, int64[1] l) => (float[p, q, r] y) <{constants}> {{ x = Slice(a, {f}) y = Slice(x, {s}) }}"
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {text}')
-    traced = ir.from_proto(model)
-    join_slices(traced)
-    result = ir.to_proto(traced)
-    onnx.checker.check_model(result)
-    assert [node.op_type for node in result.graph.node].count("Slice") == (1 if joined else 2)
-    inputs = {"a": np.random.default_rng(0).random((7, 4, 6), np.float32), "l": np.array([2])}
-    expected, found = (ReferenceEvaluator(one).run(None, inputs)[0] for one in (model, result))
-    assert found.size and np.array_equal(expected, found)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_blocks_of_whole_channels(shared: bool) -> None:
-    """The weights' order and the operator's mode change together; weights that another convolution uses stay as they are."""
-    rng = np.random.default_rng(0)
-    another = "z = Conv<kernel_shape = [2, 2]>(a, w)" if shared else "z = Identity(a)"
-    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[b, 3, 5, 5] a) => (float[b, 2, 8, 8] y, float[b, m, p, q] z) {{
-      x = Conv<kernel_shape = [2, 2]>(a, w, c)
-      y = DepthToSpace<blocksize = 2, mode = "CRD">(x)
-      {another}
-    }}"""
-    model = onnx.parser.parse_model(text)
-    weights = {"w": rng.random((8, 3, 2, 2), np.float32), "c": rng.random(8, np.float32)}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in weights.items())
-    traced = ir.from_proto(model)
-    shuffle_whole_channels(traced)
-    result = ir.to_proto(traced)
-    modes = [onnx.helper.get_node_attr_value(node, "mode") for node in result.graph.node if node.op_type == "DepthToSpace"]
-    assert modes == [b"CRD" if shared else b"DCR"]
-    inputs = {"a": rng.random((2, 3, 5, 5), np.float32)}
-    expected, found = (ReferenceEvaluator(one).run(["y"], inputs)[0] for one in (model, result))
-    assert np.allclose(expected, found, atol=1e-6)
-
-
-@pytest.mark.parametrize("channels", [(32,), (32, 64), (32, 32, 64)])
-def test_pictures_in_blocks_are_the_same(channels: tuple[int, ...]) -> None:
-    """Upsampling and the last convolution in their form for tracing, in double precision; grids with odd edges too."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(TokenizerConfig(channels, 1, 1, codes=16, code_dim=8)).double()
-    tokens = torch.randint(16, (2, 9))
-    with torch.inference_mode():
-        expected = tokenizer.decode(tokens)
-        with lean_decoder(tokenizer):
-            assert len([name for name, _ in tokenizer.named_modules() if name.endswith("upsample.conv")]) == len(channels) - 1
-            found = tokenizer.decode(tokens)
-        assert torch.equal(tokenizer.decode(tokens), expected)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
-    assert len(channels) == 1 or not torch.equal(found, expected)  # it was computed in another way
 
 
 def test_manifest(engines: Callable[[str], Path]) -> None:

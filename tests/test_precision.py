@@ -51,10 +51,10 @@ def int8_fp16(made: Make, int8: Path) -> Path:
     [("fp16", 36, 1e-5, 0.995, 55), ("int8", 144, 0.01, 0.97, 37), ("int8_fp16", 72, 0.01, 0.97, 37)],
 )
 def test_quality(
-    name: str, images: int, divergence: float, top1: float, psnr: float, float32: Pipeline, request: pytest.FixtureRequest
+    name: str, images: int, divergence: float, top1: float, psnr: float, bundled: Pipeline, request: pytest.FixtureRequest
 ) -> None:
     with Pipeline.load(request.getfixturevalue(name)) as engine:
-        found = compare(engine, float32, images=images, seed=31337)
+        found = compare(engine, bundled, images=images, seed=31337)
     assert found.divergence <= divergence
     assert found.top1 >= top1
     assert found.psnr is not None and found.psnr >= psnr
@@ -170,7 +170,7 @@ def test_ranges_of_float16() -> None:
     assert out_of_range(65504) and out_of_range(1e-6) and out_of_range(float("inf"))
 
 
-def test_weights_of_7_bits(made: Make, float32: Pipeline) -> None:
+def test_weights_of_7_bits(made: Make, bundled: Pipeline) -> None:
     engine = made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
     manifest = read_manifest(engine)
     assert manifest.weight_bits == 7
@@ -180,7 +180,7 @@ def test_weights_of_7_bits(made: Make, float32: Pipeline) -> None:
             if name.endswith(".weight_int8"):
                 assert np.abs(value.const_value.numpy().astype(int)).max() == 63
     with Pipeline.load(engine) as pipe:
-        assert compare(pipe, float32, images=36).divergence < 0.01
+        assert compare(pipe, bundled, images=36).divergence < 0.01
 
 
 def test_sizes(fp16: Path, int8: Path) -> None:

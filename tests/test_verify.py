@@ -25,18 +25,18 @@ from enat.runtime.manifest import FILE, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 
-def test_an_engine_against_itself(float32: Pipeline) -> None:
-    found = compare(float32, float32, images=5, batch_size=2)
+def test_an_engine_against_itself(bundled: Pipeline) -> None:
+    found = compare(bundled, bundled, images=5, batch_size=2)
     assert found.divergence == 0 and found.top1 == found.tokens_equal == 1
     assert found.psnr is not None and found.psnr > 80
-    assert found.positions.tolist() == [5 * step.masked for step in float32.schedule()]
+    assert found.positions.tolist() == [5 * step.masked for step in bundled.schedule()]
 
 
-def test_seeds_go_on_from_zero(float32: Pipeline) -> None:
-    assert compare(float32, float32, images=3, seed=2**64 - 2, batch_size=2).tokens_equal == 1
+def test_seeds_go_on_from_zero(bundled: Pipeline) -> None:
+    assert compare(bundled, bundled, images=3, seed=2**64 - 2, batch_size=2).tokens_equal == 1
 
 
-def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -> None:
+def test_a_comparison_sees_what_was_changed(bundled: Pipeline, tmp_path: Path) -> None:
     """One bias of the logits moved: the divergence is that of two distributions known from float32 alone, and nothing else differs."""
     engine = tmp_path / "engine"
     shutil.copytree(BUNDLED_ENGINE, engine)
@@ -48,11 +48,11 @@ def test_a_comparison_sees_what_was_changed(float32: Pipeline, tmp_path: Path) -
     save(with_initializers(graphs["decoder"], {str(bias.name): values}), engine / "decoder.onnx")
     write_manifest(engine, json.loads((engine / FILE).read_text()))
     with Pipeline.load(engine) as changed:
-        found = compare(changed, float32, images=4)
-    (one,) = record(float32, spread_labels(float32.manifest.model, 4), 0, batch_size=4)
+        found = compare(changed, bundled, images=4)
+    (one,) = record(bundled, spread_labels(bundled.manifest.model, 4), 0, batch_size=4)
     total = 0.0
-    with float32.backend.lease() as lane:
-        expected = replayed_logits(lane, float32.manifest, one)
+    with bundled.backend.lease() as lane:
+        expected = replayed_logits(lane, bundled.manifest, one)
     for logits in expected:
         moved = logits.copy()
         moved[..., 0] += 5  # guidance takes the difference of two rows: the same in both cancels out

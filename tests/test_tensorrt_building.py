@@ -1,0 +1,218 @@
+"""Building TensorRT plans without a GPU: what is asked of the API, against what its bindings document."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from tensorrt_operators import objections
+from tensorrt_stand_in import Refits, StandIn, signatures
+from test_tensorrt_builds import GRAPHS, HERE
+
+from enat.calibration.calibrate import Settings
+from enat.errors import ExportError, InputError
+from enat.export.convert import Precision, convert_engine
+from enat.runtime.builds import choose_build
+from enat.runtime.manifest import read_manifest
+
+
+def test_signatures_are_read_off_docstrings(trt: Any) -> None:
+    """The helper: it refuses what the bindings do not document."""
+    assert {len(one.parameters) for one in signatures(trt.IExecutionContext.set_input_shape)} == {3}
+    assert len(signatures(trt.ICudaEngine.create_execution_context)) >= 2
+    context = StandIn(trt.IExecutionContext)
+    with pytest.raises(AttributeError, match="has no enqueue_v2"):
+        context.enqueue_v2(0)
+    with pytest.raises(AssertionError, match="execute_async_v3"):
+        context.execute_async_v3()
+
+
+def onnx_network(trt: Any, path: Path) -> StandIn:
+    """The network that TensorRT's parser would make, as far as its inputs go."""
+    inputs = []
+    for port in onnx.load(path).graph.input:
+        shape = tuple(dim.dim_value or (-1 if dim.dim_param else 0) for dim in port.type.tensor_type.shape.dim)
+        inputs.append(StandIn(trt.ITensor, name=port.name, shape=shape, is_shape_tensor=port.name == "keep", dtype=trt.float32))
+    return StandIn(trt.INetworkDefinition, num_inputs=len(inputs), num_outputs=0, num_layers=0, get_input=lambda index: inputs[index])
+
+
+class Builds:
+    """Stand-ins for what makes plans: what they were asked is kept."""
+
+    def __init__(self, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trt = trt
+        self.profiles: list[StandIn] = []
+        self.configs: list[StandIn] = []
+        self.networks: list[StandIn] = []
+        self.builders: list[StandIn] = []
+        self.failing = False
+        monkeypatch.setattr(trt, "Builder", self.builder)
+        monkeypatch.setattr(trt, "OnnxParser", self.parser)
+        monkeypatch.setattr("enat.export.tensorrt_build.use_device", lambda device: 0)
+        monkeypatch.setattr("enat.export.tensorrt_build.platform_of", lambda index: HERE)
+
+    def builder(self, logger: Any) -> StandIn:
+        cls = type(self).real_builder
+        found = StandIn(
+            cls,
+            create_network=self.network,
+            create_builder_config=self.config,
+            create_optimization_profile=self.profile,
+            build_serialized_network=lambda network, config: None if self.failing else f"plan {len(self.configs)}".encode(),
+            logger=logger,
+        )
+        self.builders.append(found)
+        return found
+
+    real_builder: Any = None
+
+    def network(self, flags: int = 0) -> StandIn:
+        self.networks.append(StandIn(self.trt.INetworkDefinition, num_inputs=0, num_outputs=0))
+        return self.networks[-1]
+
+    def config(self) -> StandIn:
+        defaults: dict[str, Any] = {"DLA_core": -1, "get_memory_pool_limit": 0, "get_tactic_sources": 0, "num_optimization_profiles": 0}
+        self.configs.append(StandIn(self.trt.IBuilderConfig, create_timing_cache=lambda data: StandIn(self.trt.ITimingCache), **defaults))
+        return self.configs[-1]
+
+    def profile(self) -> StandIn:
+        self.profiles.append(StandIn(self.trt.IOptimizationProfile))
+        return self.profiles[-1]
+
+    def parser(self, network: StandIn, logger: Any) -> StandIn:
+        def parse(path: str) -> bool:
+            network.__dict__.update(onnx_network(self.trt, Path(path)).__dict__)
+            return True
+
+        return StandIn(Builds.real_parser, parse_from_file=parse, num_errors=0)
+
+    real_parser: Any = None
+
+
+@pytest.fixture
+def builds(trt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builds]:
+    if not hasattr(trt, "OnnxParser"):
+        pytest.skip("these bindings have no ONNX parser")
+    Builds.real_builder, Builds.real_parser = trt.Builder, trt.OnnxParser
+    yield Builds(trt, monkeypatch)
+
+
+def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: Path, tmp_path: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    trt = builds.trt
+    lines: list[str] = []
+    manifest = read_manifest(engine_copy)
+    build = build_engine(engine_copy, [8], max_batch=4, best_batch=(2,), hardware="same", report=lines.append)
+    flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert [call[1][0] & flag for builder in builds.builders for call in builder.calls if call[0] == "create_network"] == [flag] * len(
+        GRAPHS
+    )
+    for config, (graph, own) in zip(builds.configs, build.profiles.items(), strict=True):
+        asked = [call for call in config.calls if call[0] == "add_optimization_profile"]
+        assert len(asked) == len(own), graph
+        assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+        flags = {call[1][0] for call in config.calls if call[0] == "set_flag"}
+        assert trt.BuilderFlag.TF32 not in flags
+        assert not flags & {getattr(trt.BuilderFlag, name, None) for name in ("FP16", "INT8", "BF16")}
+    for config, (graph, own) in zip(builds.configs, build.profiles.items(), strict=True):
+        for call, profile in zip([call for call in config.calls if call[0] == "add_optimization_profile"], own, strict=True):
+            shapes = {one[1][0]: tuple(map(tuple, one[1][1:])) for one in call[1][0].calls if one[0] == "set_shape"}
+            values = {one[1][0]: tuple(map(tuple, one[1][1:])) for one in call[1][0].calls if one[0] == "set_shape_input"}
+            assert values == ({"keep": profile["keep"]} if graph == "sampler" else {})
+            assert {name: shape for name, shape in profile.items() if name != "keep"}.items() <= shapes.items()
+    assert (engine_copy / build.plan("encoder")).read_bytes().startswith(b"plan")
+    assert choose_build(read_manifest(engine_copy), HERE).id == build.id
+    assert read_manifest(engine_copy).hash == manifest.hash
+    # The same again is not built twice, something else is.
+    made = len(builds.configs)
+    assert build_engine(engine_copy, [8], max_batch=4, best_batch=(2,), hardware="same", report=lines.append).id == build.id
+    assert len(builds.configs) == made and lines[-1] == f"already built: {build.folder}"
+    assert build_engine(engine_copy, [8], max_batch=8, report=lines.append).id != build.id
+    build_engine(engine_copy, [8], max_batch=8, force=True)
+    assert len(builds.configs) == 3 * made
+    assert [path for path in (engine_copy / "tensorrt").iterdir() if path.name.startswith(".")] == []
+
+
+def test_int8_plans_are_built_from_signed_graphs(
+    builds: Builds, engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    monkeypatch.chdir(tmp_path)
+    engine = Path("engine")
+    convert_engine(engines("tiny"), engine, Precision("int8"), Settings(images=10, float_layers=()))
+    build = build_engine(engine, weights="stripped")
+    assert build.options["steps"] == [read_manifest(engine).sampling.steps]
+    for graph in ("condition", "encoder", "decoder", "image_decoder"):
+        path = build.graphs[graph].weights
+        assert path is not None and path.startswith(build.folder)
+        assert objections(onnx.load(engine / path)) == []
+    assert build.graphs["sampler"].weights == "sampler.onnx"
+    assert choose_build(read_manifest(engine), HERE).id == build.id
+    for config in builds.configs:
+        assert builds.trt.BuilderFlag.STRIP_PLAN in {call[1][0] for call in config.calls if call[0] == "set_flag"}
+    assert not (engine / build_engine(engine).folder / "graphs").exists()
+
+
+def test_a_build_that_fails_leaves_the_engine_as_it_was(builds: Builds, engine_copy: Path) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    before = {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()}
+    builds.failing = True
+    with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it"):
+        build_engine(engine_copy, [8])
+    assert {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()} == before
+
+
+def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    for options, message in (
+        ({"weights": "none"}, "unknown weights 'none'; expected included, refittable, stripped"),
+        ({"hardware": "any"}, "unknown hardware 'any'"),
+        ({"level": 6}, "optimization level of 0 to 5, got 6"),
+        ({"max_batch": 0}, "best batches of 1 to the largest, 0, the smallest first, got 1"),
+        ({"best_batch": (1, 32)}, "best batches of 1 to the largest, 16, the smallest first, got 1,32"),
+        ({"best_batch": (8, 1)}, "the smallest first, got 8,1"),
+        ({"best_batch": ()}, "the smallest first, got "),
+        ({"version_compatible": True, "weights": "stripped"}, "--version-compatible goes with --weights included, not stripped"),
+        ({"steps": [100]}, "expected 1 to 64 steps, got 100"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            build_engine(engine_copy, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="has no build with these options to refit"):
+        build_engine(engine_copy, [8], refit=engine_copy)
+    with monkeypatch.context() as changed:
+        changed.setattr(builds.trt, "__version__", "11.3.0.1")
+        with pytest.raises(InputError, match=r"TensorRT 11\.3\.0\.1: refittable plans may compute wrongly"):
+            build_engine(engine_copy, [8], weights="refittable")
+    assert builds.configs == []
+
+
+def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refittable build of one checkpoint becomes that of the next one."""
+    from enat.export.tensorrt_build import build_engine
+
+    trt = builds.trt
+    new = Path(shutil.copytree(engine_copy, tmp_path / "new"))
+    first = build_engine(engine_copy, [8], weights="refittable")
+    assert all(trt.BuilderFlag.REFIT in {call[1][0] for call in config.calls if call[0] == "set_flag"} for config in builds.configs)
+    made = len(builds.configs)
+    refits, runtime = Refits(trt, monkeypatch), trt.Runtime
+    config = StandIn(trt.ISerializationConfig)
+    engine = StandIn(trt.ICudaEngine, create_serialization_config=lambda: config, serialize_with_config=lambda config: b"refitted")
+    monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(runtime, deserialize_cuda_engine=lambda plan: engine))
+    build = build_engine(new, [8], refit=engine_copy)
+    assert refits.files == [str(new / f"{graph}.onnx") for graph in first.graphs]
+    assert (new / build.plan("encoder")).read_bytes() == b"refitted"
+    refittable = getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)
+    assert {call[1][0] for call in config.calls if call[0] == "set_flag"} == ({refittable} if refittable else set())
+    assert len(builds.configs) == made
+    with pytest.raises(InputError, match="has no build with these options to refit"):
+        build_engine(new, [4], refit=engine_copy)

@@ -1,0 +1,224 @@
+"""Running TensorRT plans without a GPU: what is asked of the API, against what its bindings document."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import invoke
+from host_device import HostDevice, lanes_made
+from tensorrt_stand_in import Refits, StandIn
+from test_tensorrt_builds import HERE, listed, make_build
+
+from enat import Pipeline
+from enat.errors import BackendError, InputError
+from enat.runtime.manifest import read_manifest
+
+
+class Plans:
+    """Stand-ins for what runs plans, on host memory; nothing is computed."""
+
+    def __init__(self, trt: Any, engine: Path) -> None:
+        self.trt = trt
+        self.engine = engine
+        self.contexts: list[StandIn] = []
+        self.making: Callable[[], bool] = lambda: True
+
+    def runtime(self, logger: Any) -> StandIn:
+        return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
+
+    real_runtime: Any = None
+
+    def deserialize(self, plan: bytes) -> StandIn:
+        graph = plan.split()[-1].decode()
+        outputs = {
+            one.name: tuple(dim.dim_value or -1 for dim in one.type.tensor_type.shape.dim)
+            for one in onnx.load(self.engine / f"{graph}.onnx").graph.output
+        }
+        return StandIn(
+            self.trt.ICudaEngine,
+            name=graph,
+            create_execution_context=lambda strategy: self.context(graph),
+            get_tensor_shape=outputs.get,
+            get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
+        )
+
+    def context(self, graph: str) -> StandIn:
+        assert self.making()
+        found = StandIn(
+            self.trt.IExecutionContext,
+            name=graph,
+            set_optimization_profile_async=True,
+            set_input_shape=True,
+            set_tensor_address=True,
+            infer_shapes=lambda: [],
+            update_device_memory_size_for_shapes=lambda: 1000 * (1 + len(self.contexts)),
+            execute_async_v3=True,
+        )
+        self.contexts.append(found)
+        return found
+
+
+class StreamDevice(HostDevice):
+    stream = 77
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+
+
+@dataclasses.dataclass
+class Running:
+    """An engine on TensorRT's stand-ins."""
+
+    pipeline: Pipeline
+    plans: Plans
+    lanes: list[Any]  # that were made
+
+    @property
+    def lane(self) -> Any:
+        (lane,) = self.lanes
+        return lane
+
+
+@pytest.fixture
+def running(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    from enat.runtime.backends import tensorrt as backend_module
+
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    plans = Plans(trt, engine_copy)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
+    monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
+    monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
+    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
+    made = lanes_made(backend)
+    with Pipeline(manifest, backend) as pipeline:
+        yield Running(pipeline, plans, made)
+
+
+def test_running_asks_tensorrt_for_what_was_meant(running: Running, engine_copy: Path) -> None:
+    """Contexts of the right profiles, their shapes, addresses of memory that is there; and no more of them when runs are repeated."""
+    pipeline, plans, manifest = running.pipeline, running.plans, running.pipeline.manifest
+    steps = pipeline.schedule(8)
+    pipeline.generate([1, 2, 3], seed=0, steps=8)
+    made = [context.name for context in plans.contexts]
+    assert made.count("decoder") == made.count("sampler") == 8 and made.count("encoder") == 7 and len(made) == 25
+    profiles = {"decoder": iter(range(8)), "sampler": iter(range(8)), "encoder": iter(range(7))}
+    for context in plans.contexts:
+        asked = dict(context.calls)
+        assert asked["set_optimization_profile_async"] == (next(profiles.get(context.name, iter([0]))), 77)
+        assert asked["execute_async_v3"] == (77,)
+        scratch, size = asked["set_device_memory"]
+        running.lane.device.at(scratch, size)
+        addresses = dict(arguments for name, arguments in context.calls if name == "set_tensor_address")
+        graph = onnx.load(engine_copy / f"{context.name}.onnx").graph
+        assert set(addresses) == {port.name for port in (*graph.input, *graph.output)}
+        assert all(address % 256 == 0 for name, address in addresses.items() if name != "keep")
+    samplers = [context for context in plans.contexts if context.name == "sampler"]
+    for step, context in zip(steps, samplers, strict=True):
+        shapes = dict(arguments for name, arguments in context.calls if name == "set_input_shape")
+        assert shapes["logits"] == (6 if step.index else 3, step.masked, manifest.model.codes)
+        assert "keep" not in shapes
+    for seed in range(3):
+        pipeline.generate([4, 5, 6], seed=seed, steps=8)
+    assert len(plans.contexts) == 25
+    runs = [sum(name == "execute_async_v3" for name, _ in context.calls) for context in plans.contexts]
+    assert set(runs) == {2}  # once to run, once to be recorded
+    pipeline.generate([1], seed=0, steps=5)  # by the general profiles
+    general = {context.name: context for context in plans.contexts[25:]}
+    assert ("set_optimization_profile_async", (7, 77)) in general["encoder"].calls
+    with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build; expected at most 4"):
+        pipeline.generate([1] * 5, seed=0)
+
+
+def drawn(running: Running, images: int, steps: int = 8, callback: Any = None) -> int:
+    """How many contexts a run makes; none of them while it is recorded."""
+    before = len(running.plans.contexts)
+    running.plans.making = lambda: all(not lane.recording for lane in running.lanes)
+    running.pipeline.generate([1] * images, seed=0, steps=steps, callback=callback)
+    return len(running.plans.contexts) - before
+
+
+def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
+    """One for each profile, set to the shapes of the moment."""
+    watch = lambda step, steps, preview: None  # noqa: E731
+    assert drawn(running, 1, callback=watch) == 25
+    assert drawn(running, 4, callback=watch) == drawn(running, 1, callback=watch) == 0
+    assert drawn(running, 1, steps=40, callback=watch) == 3  # the general profiles
+    general = next(context for context in running.plans.contexts[25:] if context.name == "sampler")
+    addresses = [arguments[1] for name, arguments in general.calls if name == "set_tensor_address" and arguments[0] == "keep"]
+    keeps = [ctypes.c_int64.from_address(address).value for address in addresses]  # what was bound stays as it was
+    assert len(keeps) > 30 and keeps == sorted(keeps, reverse=True)
+    assert set(keeps) <= {step.keep for step in running.pipeline.schedule(40)}
+    assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
+
+
+def test_records_make_room_for_contexts(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enat.runtime.backends.tensorrt.CONTEXTS", 60)
+    assert [drawn(running, images) for images in (1, 2, 1, 3, 3, 3, 2, 2, 1)] == [25, 25, 0, 25, 0, 0, 25, 0, 25]
+    assert sum(len(record.executions) for record in running.lane.kept.values()) <= 60
+
+
+def test_runs_too_long_to_be_recorded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enat.runtime.backends.tensorrt.CONTEXTS", 10)
+    assert drawn(running, 2) == 10 + 15
+    with pytest.warns(
+        RuntimeWarning, match="not recorded as one launch, its graphs are launched one by one: decoder: no execution context"
+    ):
+        assert drawn(running, 2) == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn(running, 2) == drawn(running, 2) == 0
+
+
+def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enat.runtime.backends import tensorrt as backend_module
+
+    build = make_build(read_manifest(engine_copy), weights="stripped")
+    graphs = {name: dataclasses.replace(graph, weights=f"{name}.onnx") for name, graph in build.graphs.items()}
+    manifest = listed(engine_copy, dataclasses.replace(build, graphs=graphs))
+    plans, refits = Plans(trt, engine_copy), Refits(trt, monkeypatch)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
+    monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
+    backend = backend_module.TensorRTBackend(manifest, "cuda:0")
+    for _ in range(2):
+        backend.plans.engine("encoder")
+    assert refits.files == [str(engine_copy / "encoder.onnx")] and refits.refitted == 1
+    refits.succeeds = False
+    with pytest.raises(BackendError, match=r"decoder\.onnx: TensorRT could not take the weights from it"):
+        backend.plans.engine("decoder")
+
+
+def no_gpu() -> bool:
+    try:
+        from enat.runtime.backends.cuda import device_index
+
+        device_index("cuda")
+    except BackendError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+def test_without_a_gpu(trt: Any, engine_copy: Path) -> None:
+    from enat.export.cli import main as export
+    from enat.runtime.cli import main as run
+
+    for command, arguments in (
+        (export, ["--engine", engine_copy, "--tensorrt"]),
+        (run, ["--engine", engine_copy, "--class", "1", "--out", "x.png", "--backend", "tensorrt", "--device", "cuda:0"]),
+    ):
+        result = invoke(command, *arguments)
+        assert result.exit_code == 1
+        assert re.search(r"cuda:0: no GPU that CUDA can use: CUDA: .*; nvidia-smi shows drivers and devices", result.output), result.output
+        assert result.output.count("\n") == 1

@@ -1,0 +1,200 @@
+"""Model repositories for Triton Inference Server, and what deploys them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import invoke, refused
+
+from enat.runtime.pipeline import BUNDLED_ENGINE
+from enat.serving.cli import main
+from enat.serving.config import Word, pbtxt
+
+
+def write(out: Path, *arguments: object) -> Any:
+    return invoke(main, "--out", out, *arguments)
+
+
+def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:
+    assert write(tmp_path / "models", "--graphs", "--gpus", "0,1", "--priorities", 3, "--queue-size", 64, "--threads", 4).exit_code == 0
+    folder = tmp_path / "models" / "enat" / "1"
+    assert {path.name for path in folder.iterdir()} == {"model.py", "engine", "runtime"}
+    for path in BUNDLED_ENGINE.iterdir():
+        assert (folder / "engine" / path.name).read_bytes() == path.read_bytes()
+    assert not list((tmp_path / "models").rglob("__pycache__"))
+    config = (tmp_path / "models" / "enat" / "config.pbtxt").read_text()
+    for part in ("kind: KIND_GPU", "gpus: [0, 1]", "priority_levels: 3", "default_priority_level: 2", "max_queue_size: 64"):
+        assert part in config
+    encoding = (tmp_path / "models" / "enat_png" / "config.pbtxt").read_text()  # where requests wait first
+    for part in ("max_queue_size: 64", "priority_levels: 3", "count: 2"):  # one for each GPU
+        assert part in encoding
+    sampler = (tmp_path / "models" / "enat_sampler" / "config.pbtxt").read_text()
+    assert 'platform: "onnxruntime_onnx"' in sampler and sampler.count("reshape") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_what_no_server_could_start_is_refused(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--gpus", "-1"), "expected GPUs of 0 or more, got -1"),
+        (("--backend", "tensorrt"), "the backend tensorrt needs --gpus"),
+        (("--backend", "openvino", "--gpus", 0), "the backend openvino does not run on GPUs"),
+        (("--backend", "tensorrt", "--gpus", 0), "has no TensorRT build; expected one for 8 pictures at once"),
+    ):
+        refused(write(tmp_path / "models", *arguments), message)
+    assert not (tmp_path / "models").exists()
+
+
+def test_an_engine_s_builds_bring_nothing_from_elsewhere(tmp_path: Path, engine_copy: Path) -> None:
+    """Files that builds list are checked like all others; those of other programs' builds are not taken along."""
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    (tmp_path / "model.py").write_text("raise SystemExit")
+    (engine_copy / "extra").write_text("")
+    for builds, message in (
+        ([{"backend": "tensorrt", "platform": {}}], "is damaged"),
+        ([1], "is damaged"),
+        ([{"backend": "other", "files": {"../model.py": {}, "../../config.pbtxt": {}}}], None),
+    ):
+        (engine_copy / "manifest.json").write_text(json.dumps({**manifest, "builds": builds}))
+        result = write(tmp_path / "models", "--engine", engine_copy)
+        if message:
+            refused(result, message)
+            assert not (tmp_path / "models" / "enat").exists()
+    assert result.exit_code == 0
+    version = tmp_path / "models" / "enat" / "1"
+    assert "enat.serving.triton_model" in (version / "model.py").read_text()
+    assert {path.name for path in (version / "engine").iterdir()} == {path.name for path in engine_copy.iterdir()} - {"extra"}
+
+
+def test_a_build_that_leads_out_of_its_engine(tmp_path: Path, engine_copy: Path) -> None:
+    from enat.runtime.builds import Build, Platform
+
+    (tmp_path / "model.py").write_text("")
+    entry = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    build = Build(Platform("10.16.1.11", "NVIDIA H200", "9.0"), {}, {}, {"../model.py": entry})
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    (engine_copy / "manifest.json").write_text(json.dumps({**manifest, "builds": [build.as_json()]}))
+    refused(write(tmp_path / "models", "--engine", engine_copy), "expected a path inside the engine directory")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_force_replaces_models_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "enat").mkdir()
+    (tmp_path / "enat" / "thesis.txt").write_text("years of work")
+    refused(write(tmp_path, "--force"), "enat: exists and is not a model")
+    assert (tmp_path / "enat" / "thesis.txt").read_text() == "years of work"
+    # Interrupted while the new model is put in place: the old one is there.
+    models = tmp_path / "models"
+    assert write(models).exit_code == 0
+    (models / "enat" / "mark").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == models / "enat" and ".old" not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert write(models, "--force").exit_code == 130
+    assert (models / "enat" / "mark").read_text() == "old"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "models"
+    assert write(models).exit_code == 0
+    (models / "enat" / "mark").write_text("old")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == models / "enat":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert write(models, "--force").exit_code == 1
+    assert [path.read_text() for path in tmp_path.rglob("mark")] == ["old"]
+
+
+def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    rename = Path.rename
+
+    def within(self: Path, target: Path) -> Path:
+        inside = [(tmp_path / "models") in path.parents for path in (self, target)]
+        assert inside[0] == inside[1], "another file system"
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", within)
+    assert write(tmp_path / "models").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["enat", "enat_png"]
+
+
+def test_graphs_of_their_own_have_their_ports(tmp_path: Path) -> None:
+    """Names, types and ranks of the configs are those of the graphs."""
+    import onnx
+
+    write(tmp_path, "--graphs")
+    kinds = {"TYPE_INT64": "INT64", "TYPE_FP32": "FLOAT", "TYPE_UINT8": "UINT8"}
+    for path in BUNDLED_ENGINE.glob("*.onnx"):
+        config = (tmp_path / f"enat_{path.stem}" / "config.pbtxt").read_text()
+        graph = onnx.load(tmp_path / f"enat_{path.stem}" / "1" / "model.onnx").graph
+        rows = re.findall(r'name: "(\w+)"\n  data_type: (\w+)\n  dims: \[([-\d, ]+)\]\n(  reshape)?', config)
+        found = [(name, kinds[kind], 0 if scalar else len(dims.split(","))) for name, kind, dims, scalar in rows]
+        wanted = [
+            (port.name, onnx.TensorProto.DataType.Name(port.type.tensor_type.elem_type), len(port.type.tensor_type.shape.dim))
+            for port in (*graph.input, *graph.output)
+        ]
+        assert found == wanted, path.stem
+
+
+def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
+    write(tmp_path / "models")
+    refused(write(tmp_path / "models"), "exists; --force replaces it")
+    assert write(tmp_path / "models", "--force").exit_code == 0
+    assert write(tmp_path / "models", "--name", "other").exit_code == 0  # beside it
+    refused(write(tmp_path / "x", "--max-batch", 0), "expected max batch of 1 or more, got 0")
+    refused(write(tmp_path / "x", "--gpus", "0,a"), "--gpus: expected numbers with commas between, got '0,a'")
+    refused(write(tmp_path / "x", "--name", "a/b"), "expected a model name of letters, digits, _, - and ., got 'a/b'")
+    refused(write(tmp_path / "x", "--engine", tmp_path / "nowhere"), "not an engine directory")
+    (tmp_path / "file").write_text("")
+    refused(write(tmp_path / "file"), "exists and is not a directory")
+    manifest = json.loads((engine_copy / "manifest.json").read_text())
+    del manifest["files"]["image_decoder.onnx"]
+    (engine_copy / "manifest.json").write_text(json.dumps(manifest))
+    refused(write(tmp_path / "x", "--engine", engine_copy), "has no image decoder and gives tokens only")
+    assert not (tmp_path / "x").exists()
+
+
+def test_config_text() -> None:
+    fields = {"name": 'a "b"', "n": 3, "on": True, "kind": Word("KIND_CPU"), "none": None, "dims": [1, 2], "in": [{"x": 1}, {"x": {}}]}
+    assert pbtxt(fields) == ('name: "a \\"b\\""\nn: 3\non: true\nkind: KIND_CPU\ndims: [1, 2]\nin {\n  x: 1\n}\nin {\n  x {\n  }\n}\n')
+
+
+def test_deployments() -> None:
+    """What the manifests name is there, and is what the server calls it."""
+    import yaml
+
+    folder = Path(__file__).parent.parent / "serving" / "deploy"
+    deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
+    assert container["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/v2/models/enat/ready"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    (compose,) = yaml.safe_load((folder / "compose.yaml").read_text())["services"].values()
+    build = compose["build"]
+    assert (folder / build["context"] / build["dockerfile"]).resolve() == folder / "Dockerfile"
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert all(f" {port}" in dockerfile for port in ports.values())
