@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import BackendError, EnatError, EngineError, InputError, Stopped
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendError", "EnatError", "EngineError", "InputError", "Pipeline", "Stopped", "to_pil"]
 __version__ = "0.1.0"
+
+# ONNX Runtime and OpenVINO tell their makers how they are used, unless told otherwise before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,10 +42,10 @@ class TappedLane(OnnxRuntimeLane):
     ) -> None:
         replaced = set(graphs)
 
-        def path(graph: str) -> Path:
-            return folder / f"{graph}.onnx" if graph in replaced else manifest.path(f"{graph}.onnx")
+        def reading(graph: str) -> contextlib.AbstractContextManager[Path]:
+            return contextlib.nullcontext(folder / f"{graph}.onnx") if graph in replaced else manifest.reading(graph)
 
-        super().__init__(Sessions(path, session_options(manifest, allowed_threads()), lambda graph: CPU))
+        super().__init__(Sessions(reading, session_options(manifest, allowed_threads()), lambda graph: CPU))
         self.taps = dict(taps or {})
         self.watch = watch
         self.extra_inputs: dict[str, dict[str, Array]] = {}
@@ -54,6 +54,9 @@ class TappedLane(OnnxRuntimeLane):
 
     def close(self) -> None:
         self.sessions.close()
+
+    def outputs(self, graph: str) -> list[str]:
+        return [*super().outputs(graph), *self.taps.get(graph, ())]
 
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         outputs = super().run_once(graph, {**inputs, **self.extra_inputs.get(graph, {})})

@@ -13,7 +13,7 @@ import click
 from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
-from ..runtime.command import Command, needs, parse_numbers
+from ..runtime.command import Command, Target, needs, parse_numbers
 from .directory import check_target
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ TENSORRT_OPTIONS = {
 @click.option("--ckpt", type=click.Path(path_type=Path), help="The network: .pth, .ckpt or .safetensors.")
 @click.option("--vqgan", type=click.Path(path_type=Path), help="The image tokenizer; without it the engine gives tokens only.")
 @click.option("--engine", type=click.Path(path_type=Path), help="In place of --ckpt: an engine, to be made in another precision or built.")
-@click.option("--out", type=click.Path(path_type=Path), help="The engine directory to write; a TensorRT build goes into its engine.")
+@click.option("--out", type=Target(), help="The engine directory to write; a TensorRT build goes into its engine.")
 @click.option(
     "--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Split, sampling defaults and class names of a published model."
 )

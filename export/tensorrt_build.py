@@ -247,9 +247,12 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
         f"{build.folder}/{path.relative_to(folder).as_posix()}": {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
     build = replace(build, files=files)
+    now = read_manifest(engine)  # others may have built meanwhile
+    if now.hash != manifest.hash:
+        raise ExportError(f"{engine}: was replaced while its plans were built; build them again")
     content = json.loads((engine / FILE).read_text("utf-8"))
-    others = [one for one in read_builds(manifest) if one.id != build.id]
-    current = [one for one in others if changed_graph(one, manifest) is None]
+    others = [one for one in read_builds(now) if one.id != build.id]
+    current = [one for one in others if changed_graph(one, now) is None]
     content[SECTION] = [*(one.as_json() for one in current), build.as_json()]
     place = engine / build.folder
     if place.exists():

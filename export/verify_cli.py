@@ -76,8 +76,8 @@ def main(
     with Pipeline.load(engine, backend, device) as mine, Pipeline.load(against) as reference:
         labels = parse_classes(reference.manifest.model, classes) if classes else None
         if sheet_file or min_psnr is not None:
-            mine.require_images()
-            reference.require_images()
+            mine.manifest.require_images()
+            reference.manifest.require_images()
         if sheet_file:
             size = reference.manifest.model.image_size or 0
             columns = sheet_columns(images)

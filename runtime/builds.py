@@ -70,13 +70,21 @@ class Build:
     def plan(self, graph: str) -> str:
         return f"{self.folder}/{graph}.plan"
 
+    def weights_of(self, graph: str, manifest: Manifest) -> dict[str, Any]:
+        """The files that hold the weights of a plan that has none."""
+        source = self.graphs[graph].weights
+        assert source is not None
+        if source in manifest.files:
+            return {name: manifest.files[name] for name in manifest.files_of(graph)}
+        return {name: entry for name, entry in self.files.items() if name.startswith(source)}
+
     def as_json(self) -> dict[str, Any]:
         return {"backend": "tensorrt", "id": self.id, **asdict(self)}
 
 
 def graph_source(manifest: Manifest, graph: str) -> str:
     """A hash of all files of a graph, its external data included."""
-    own = {name: entry["sha256"] for name, entry in manifest.files.items() if name.split("/")[0].split(".")[0] == graph}
+    own = {name: manifest.files[name]["sha256"] for name in manifest.files_of(graph)}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
@@ -138,8 +146,9 @@ def unsuited(build: Build, manifest: Manifest, here: Platform) -> str | None:
     return None
 
 
-def choose_build(manifest: Manifest, here: Platform, verify: bool = False) -> Build:
-    """The latest build that suits; its files are checked. Raises EngineError with the reason and the command where there is none."""
+def choose_build(manifest: Manifest, here: Platform) -> Build:
+    """The latest build that suits; its files are checked, and shall be again when they are read. Raises EngineError with the reason and
+    the command where there is none."""
     builds = read_builds(manifest)
     command = f"build it: enat-export --engine {manifest.folder} --tensorrt"
     if not builds:
@@ -154,7 +163,7 @@ def choose_build(manifest: Manifest, here: Platform, verify: bool = False) -> Bu
     if missing:
         raise EngineError(f"{manifest.folder / FILE}: the build {chosen.id} needs {min(missing)!r}, which is not listed")
     for name, entry in chosen.files.items():
-        check_file(manifest.folder, name, entry, verify)
+        check_file(manifest, name, entry, verify=False)
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from pathlib import Path
@@ -11,16 +12,17 @@ import click
 from PIL import Image
 
 from ..errors import InputError
-from .backends import BACKENDS
+from .backends import BACKENDS, open_backend
 from .classes import class_index, parse_classes
-from .command import Command
+from .command import Command, Target
 from .describe import classes_text, engine_info, info_text
 from .files import check_writable
-from .manifest import read_manifest
-from .outputs import RUN_RECORD, Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
-from .pictures import IMAGE_SUFFIXES, read_metadata
-from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, image_seeds
+from .manifest import Manifest, read_manifest
+from .outputs import Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
+from .pictures import IMAGE_SUFFIXES, RUN_RECORD, read_metadata
+from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, check_batch_size, image_seeds
 from .progress import progress_bar
+from .schedule import schedule
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 FORMATS = ("png", "webp", "jpg", "npy")  # of files in a folder
@@ -43,7 +45,7 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
 @click.option("--guidance", type=float, help="Scale of the classifier-free guidance, 0 for none; default: the engine's.")
 @click.option("--mask-temperature", type=float, help="Randomness of which tokens are revealed; default: the engine's.")
 @click.option("--sampling-temperature", type=float, help="Randomness of the tokens; default: the engine's.")
-@click.option("--out", type=click.Path(path_type=Path), help=f"A folder, or a file that ends in {', '.join(FILE_SUFFIXES)}.")
+@click.option("--out", type=Target(), help=f"A folder, or a file that ends in {', '.join(FILE_SUFFIXES)}.")
 @click.option("--grid", is_flag=True, help="All pictures on one sheet.")
 @click.option("--columns", type=int, help="Columns of the sheet; default: a row a class, or about square.")
 @click.option("--gif", is_flag=True, help="Animations of the tokens being revealed, step by step.")
@@ -53,10 +55,13 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
     type=click.Choice(FORMATS),
     help="Of files in a folder; default: png.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder; --out alone is enough.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
 @click.option(
-    "--replay", type=click.Path(path_type=Path), metavar="FILE", help="Make a file of enat-run again, from what it says of itself."
+    "--replay",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make a file or a folder of enat-run again, from what it says of itself.",
 )
 @click.option("--batch-size", default=BATCH_SIZE, show_default=True, help="Pictures drawn at once.")
 @click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
@@ -98,32 +103,36 @@ def main(
             click.echo(classes_text(manifest, as_json))
         return
     started = time.perf_counter()
+    if out is None:
+        raise InputError("expected --out with a folder or a file to write")
+    single = check_kind(out, grid, gif, resume)
+    check_writable(out, file=single)
+    if suffix and (single or gif):
+        raise InputError(f"{out}: --format goes with a folder of pictures")
+    check_batch_size(batch_size)
+    if columns is not None and (columns < 1 or not grid):
+        raise InputError(f"expected 1 or more columns, of a sheet (--grid), got {columns}")
     earlier = earlier_run(replay, out if resume else None)
+    manifest = read_manifest(engine or BUNDLED_ENGINE, verify)
+    if replay:
+        if classes or any(value is not None for value in (num, seed, *settings.values())):
+            raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
+        request, theirs = replayed(manifest, earlier, replay, force)
+        columns = columns or theirs
+    elif resume and not classes and all(value is None for value in (num, seed, *settings.values())):
+        request = request_of(read_record(out))
+    else:
+        if resume and seed is None:
+            seed = request_of(earlier or read_record(out)).seeds[0]
+        request = make_request(manifest, classes, 1 if num is None else num, seed, settings)
+    schedule(manifest.model.length, **request.settings)
+    if single:
+        columns = columns or sheet_columns(request, out, grid)
+    ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or earlier_format(earlier)}"
+    if ending != ".npy":
+        manifest.require_images()
     chosen = backend if backend != "auto" else earlier_backend(earlier, device)
-    with Pipeline.load(engine, chosen, device, threads, verify) as pipeline:
-        if out is None:
-            raise InputError("expected --out with a folder or a file to write")
-        single = check_kind(out, grid, gif, resume)
-        check_writable(out, file=single)
-        if suffix and (single or gif):
-            raise InputError(f"{out}: --format goes with a folder of pictures")
-        if batch_size < 1:
-            raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
-        if columns is not None and (columns < 1 or not grid):
-            raise InputError(f"expected 1 or more columns, of a sheet (--grid), got {columns}")
-        if replay:
-            if classes or any(value is not None for value in (num, seed, *settings.values())):
-                raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
-            request, theirs = replayed(pipeline, earlier, replay, force)
-            columns = columns or theirs
-        else:
-            if resume and seed is None:
-                seed = request_of(earlier or read_record(out)).seeds[0]
-            request = make_request(pipeline, classes, 1 if num is None else num, seed, settings)
-        pipeline.schedule(**request.settings)
-        ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or earlier_format(earlier)}"
-        if ending != ".npy":
-            pipeline.require_images()
+    with Pipeline(manifest, open_backend(chosen, manifest, device, threads)) as pipeline:
         if engine is None:
             click.echo("no --engine given: using the bundled one (letters A-Z and digits 0-9)", err=True)
         if not as_json:
@@ -132,7 +141,6 @@ def main(
             if seed is None and not replay:
                 click.echo(f"seed {request.seeds[0]}", err=True)
         if single:
-            columns = columns or sheet_columns(request, out, grid)
             write_file(pipeline, request, out, columns, batch_size=batch_size, progress=True)
             files = [out]
         else:
@@ -154,8 +162,10 @@ def check_kind(out: Path, grid: bool, gif: bool, resume: bool) -> bool:
     pictures = f"a file that ends in {', '.join(IMAGE_SUFFIXES)} or .gif"
     if suffix not in FILE_SUFFIXES:
         unknown = suffix in (*Image.registered_extensions(), *OTHER_SUFFIXES)
-        if unknown and not out.is_dir():
-            raise InputError(f"{out}: expected a folder, or a file that ends in {', '.join(FILE_SUFFIXES)}")
+        meant = difflib.get_close_matches(suffix, FILE_SUFFIXES, 1, cutoff=0.7)
+        if (unknown or meant) and not out.is_dir():
+            hint = f" (did you mean {meant[0]}?)" if meant else ""
+            raise InputError(f"{out}: expected a folder, or a file that ends in {', '.join(FILE_SUFFIXES)}{hint}")
         if grid:
             raise InputError(f"{out}: --grid makes one picture; expected {pictures}")
         return False
@@ -187,12 +197,12 @@ def earlier_format(metadata: dict[str, Any]) -> str:
     return name if name in FORMATS else FORMATS[0]
 
 
-def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bool) -> tuple[Request, int | None]:
+def replayed(manifest: Manifest, metadata: dict[str, Any], file: Path, force: bool) -> tuple[Request, int | None]:
     """The request that made a file, and the columns of its sheet. Raises InputError where another engine made it."""
-    theirs, mine = str(metadata.get("engine")), pipeline.manifest.hash
+    theirs, mine = str(metadata.get("engine")), manifest.hash
     if theirs != mine and not force:
         raise InputError(
-            f"{file}: made by the engine {theirs[:12]}…, but {pipeline.manifest.folder} is {mine[:12]}…; "
+            f"{file}: made by the engine {theirs[:12]}…, but {manifest.folder} is {mine[:12]}…; "
             "name the right one (--engine), or --force to use this one"
         )
     columns = metadata.get("columns")
@@ -200,18 +210,18 @@ def replayed(pipeline: Pipeline, metadata: dict[str, Any], file: Path, force: bo
         raise InputError(f"{file}: its record is damaged: columns is {columns!r:.40}")
     request = request_of(metadata)
     for label in request.labels:
-        class_index(pipeline.manifest.model, label)
+        class_index(manifest.model, label)
     return request, columns
 
 
-def make_request(pipeline: Pipeline, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any]) -> Request:
+def make_request(manifest: Manifest, classes: tuple[str, ...], num: int, seed: int | None, settings: dict[str, Any]) -> Request:
     """The request of a command line; draws a seed where none was given."""
     if not classes:
         raise InputError("expected at least one --class; --list-classes shows them")
     if num < 1:
         raise InputError(f"expected 1 or more pictures a class, got {num}")
-    chosen = parse_classes(pipeline.manifest.model, classes)
+    chosen = parse_classes(manifest.model, classes)
     if len(chosen) * num > MOST_PICTURES:
         raise InputError(f"{len(chosen) * num} pictures are too many for one run; expected at most {MOST_PICTURES}")
     labels = [label for label in chosen for _ in range(num)]
-    return request_for(pipeline.manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
+    return request_for(manifest.sampling, labels, image_seeds(seed, len(labels)), settings)

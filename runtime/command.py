@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,6 +52,18 @@ class Command(click.Command):
             if debug:
                 raise
             fail("not enough memory", 1)
+
+
+class Target(click.Path):
+    """What a command writes: a path, but neither nothing, as an empty variable of a shell gives, nor -, which others take for stdout."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("", "-"):
+            self.fail(f"expected the name of a file or a folder to write, got {value!r}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @contextlib.contextmanager

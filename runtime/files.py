@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from ..errors import InputError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
 def check_writable(path: Path, file: bool = False) -> None:
@@ -21,10 +26,11 @@ def check_writable(path: Path, file: bool = False) -> None:
 
 
 class WholeFile:
-    """`with WholeFile(path) as partial`: what is written to `partial` appears at `path` at the end, or not at all."""
+    """`with WholeFile(path) as partial`: what is written to `partial` appears at `path`, or where that link leads, at the end, or not
+    at all."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.resolve() if path.is_symlink() else path
 
     def __enter__(self) -> Path:
         try:
@@ -46,12 +52,34 @@ class WholeFile:
             self.partial.unlink(missing_ok=True)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Two folders change their names in one moment, so that there is none without either. False where the system does not know that."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error), str(one))
+
+
 def replace_folder(out: Path, new: Path, old: Path) -> None:
     """Puts the folder `new` at `out`; what was there is moved to `old`, and back where that fails or is interrupted. All on one file
     system; `old` is not there, or empty.
     """
     if not out.exists():
         new.rename(out)
+        return
+    if exchange(new, out):
+        try:
+            new.rename(old)
+        except BaseException:
+            exchange(new, out)
+            raise
         return
     try:
         out.rename(old)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +19,14 @@ FILE = "manifest.json"
 HASHED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked by size alone unless verification is asked for
 
 REQUIRED_GRAPHS = ("condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx")
+IMAGE_GRAPHS = ("image_decoder.onnx", "image_encoder.onnx")
+
+Entries = Mapping[str, Any]  # path in the engine directory → size and sha256
+Stamp = tuple[int, int, int, int]  # device, inode, bytes, time of the last change in nanoseconds: another one is another file
+READINGS = 3  # of an engine that is replaced while it is read
+
+
+SETTINGS = ("steps", "guidance", "mask_temperature", "sampling_temperature")  # of a run, as programs and commands call them
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,7 @@ class Sampling:
 
     def settings(self, **chosen: Any) -> dict[str, Any]:
         """A run's settings by the names of `Pipeline.generate`: these, where they are given and not None, else the engine's own."""
-        own = {
-            "steps": self.steps,
-            "guidance": self.cfg_scale,
-            "mask_temperature": self.mask_temp,
-            "sampling_temperature": self.samp_temp,
-        }
+        own = dict(zip(SETTINGS, (self.steps, self.cfg_scale, self.mask_temp, self.samp_temp), strict=True))
         return own | {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -76,6 +81,7 @@ class Manifest:
     builds: list[Any]
     hash: str
     root: Path
+    stamps: dict[str, Stamp | None] = field(default_factory=dict, compare=False)  # of files as they were when checked
 
     def path(self, name: str) -> Path:
         """The path of a file of the engine. Raises EngineError where the engine has no such file."""
@@ -85,6 +91,60 @@ class Manifest:
 
     def has(self, name: str) -> bool:
         return name in self.files
+
+    def require_images(self) -> None:
+        """Raises EngineError where the engine cannot make pictures."""
+        if not self.has("image_decoder.onnx"):
+            raise EngineError(
+                f"{self.folder}: this engine has no image decoder and gives tokens only; "
+                "ask for tokens, or export it again with its tokenizer (--vqgan)"
+            )
+
+    def files_of(self, graph: str) -> list[str]:
+        """The files that a graph ("encoder", …) may read: its own, and those that no graph's name begins."""
+        graphs = (*REQUIRED_GRAPHS, *IMAGE_GRAPHS)
+        return [name for name in self.files if name.startswith(f"{graph}.onnx") or not name.startswith(graphs)]
+
+    @contextlib.contextmanager
+    def reading(self, graph: str, verify: bool = False) -> Iterator[Path]:
+        """The path of a graph whose files are read inside the `with` block. verify: hash them first, whatever their size.
+
+        Raises EngineError where they are not those that were loaded: another engine may have been put in its place since.
+        """
+        path = self.path(f"{graph}.onnx")
+        with self.unchanged({name: self.files[name] for name in self.files_of(graph)}, verify):
+            yield path
+
+    @contextlib.contextmanager
+    def unchanged(self, entries: Entries, verify: bool = False) -> Iterator[None]:
+        """The same for any files of the engine, when the block begins and when it ends."""
+        for name, entry in entries.items():
+            self.check_again(name, entry, verify)
+        try:
+            yield
+        finally:
+            for name, entry in entries.items():
+                self.check_again(name, entry, False)
+
+    def check_again(self, name: str, entry: object, verify: bool) -> None:
+        """Looks at a file again, and into it where it is another one than before. Raises EngineError."""
+        if stamp_of(self.root / name) == self.stamps.get(name):
+            if verify:
+                check_file(self, name, entry, verify)
+            return
+        try:
+            check_file(self, name, entry, verify=True)
+        except EngineError as error:
+            raise EngineError(f"{error}; it was replaced after the engine had been loaded: load it again") from error
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """None where there is no such file."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256(path: Path) -> str:
@@ -102,19 +162,25 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
 
     Raises EngineError that names the file, what was found and what was expected.
     """
-    try:
-        return checked_manifest(folder, verify)
-    except OSError as error:
-        raise EngineError(f"{error.filename or folder}: {reason(error)}") from error
+    for last in (False,) * (READINGS - 1) + (True,):
+        before = stamp_of(folder / FILE)
+        try:
+            return checked_manifest(folder, verify)
+        except EngineError:
+            if last or stamp_of(folder / FILE) == before:
+                raise  # else another engine was put in its place meanwhile
+        except OSError as error:
+            raise EngineError(f"{error.filename or folder}: {reason(error)}") from error
+    raise AssertionError
 
 
 def checked_manifest(folder: Path, verify: bool) -> Manifest:
-    file = folder / FILE
+    file, root = folder / FILE, folder.resolve()
     if not file.is_file():
         found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
         raise EngineError(f"{folder}: not an engine directory: {found}")
     try:
-        data = json.loads(file.read_bytes(), parse_constant=no_number)
+        data = json.loads((root / FILE).read_bytes(), parse_constant=no_number)
         own = manifest_text({name: value for name, value in data.items() if name != "builds"} if isinstance(data, dict) else {})
     except (ValueError, RecursionError) as error:  # not JSON, or brackets without end
         raise EngineError(f"{file}: not valid JSON ({error})") from error
@@ -143,17 +209,17 @@ def checked_manifest(folder: Path, verify: bool) -> Manifest:
         weight_bits=reader.integer(calibration, "weight_bits", 1) if "weight_bits" in calibration else 8,
         builds=reader.items(data, "builds") if "builds" in data else [],
         hash=hashlib.sha256(own).hexdigest(),
-        root=folder.resolve(),
+        root=root,
     )
     reader.expect(
         manifest.sampling.steps <= manifest.model.length, "sampling.steps", manifest.sampling.steps, f"at most {manifest.model.length}"
     )
-    for name in ("image_decoder.onnx", "image_encoder.onnx"):
+    for name in IMAGE_GRAPHS:
         reader.expect(manifest.model.image_size is not None or name not in files, "model.image_size", None, f"a number, as {name} is there")
     for name in REQUIRED_GRAPHS:
         reader.expect(name in files, "files", sorted(files), f"{name} among them")
     for name, entry in files.items():
-        check_file(folder, name, entry, verify)
+        check_file(manifest, name, entry, verify)
     return manifest
 
 
@@ -175,9 +241,9 @@ def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
     return ModelInfo(**sizes, image_size=image_size, class_names=None if names is None else tuple(names))
 
 
-def check_file(folder: Path, name: str, entry: object, verify: bool) -> None:
-    """Raises EngineError unless the file lies inside the directory with the size and hash of its entry."""
-    reader, where = Reader(folder / FILE), f"files[{name!r}]"
+def check_file(manifest: Manifest, name: str, entry: object, verify: bool) -> None:
+    """Raises EngineError unless the file lies inside the engine directory with the size and hash of its entry."""
+    reader, where = Reader(manifest.folder / FILE), f"files[{name!r}]"
     parts = PurePosixPath(name).parts
     inside = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
     reader.expect(inside, where, name, "a path inside the engine directory")
@@ -185,20 +251,21 @@ def check_file(folder: Path, name: str, entry: object, verify: bool) -> None:
     assert isinstance(entry, dict)
     size = reader.integer(entry, "size", 0, where)
     digest = reader.text(entry, "sha256", where)
-    path = folder / name
+    path, shown = manifest.root / name, manifest.folder / name
     try:
         found = path.is_file()
     except (OSError, ValueError):  # a name that no file can have
         found = False
     if not found:
-        raise EngineError(f"{path}: missing; the manifest lists it with {size} bytes")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise EngineError(f"{path}: leads out of the engine directory, to {path.resolve()}")
+        raise EngineError(f"{shown}: missing; the manifest lists it with {size} bytes")
+    if not path.resolve().is_relative_to(manifest.root):
+        raise EngineError(f"{shown}: leads out of the engine directory, to {path.resolve()}")
+    manifest.stamps[name] = stamp_of(path)
     actual_size = path.stat().st_size
     if actual_size != size:
-        raise EngineError(f"{path}: {actual_size} bytes, expected {size}: the file is truncated or from another engine")
+        raise EngineError(f"{shown}: {actual_size} bytes, expected {size}: the file is truncated or from another engine")
     if (verify or size <= HASHED_AT_LOAD) and (actual := sha256(path)) != digest:
-        raise EngineError(f"{path}: sha256 {actual[:16]}…, expected {digest[:16]}…: the file was altered or is from another engine")
+        raise EngineError(f"{shown}: sha256 {actual[:16]}…, expected {digest[:16]}…: the file was altered or is from another engine")
 
 
 class Reader:

@@ -15,10 +15,11 @@ import numpy as np
 
 from ..errors import InputError
 from .files import WholeFile
-from .manifest import Sampling
+from .manifest import SETTINGS, Sampling
 from .pictures import (
     IMAGE_SUFFIXES,
     METADATA_KEY,
+    RUN_RECORD,
     Images,
     check_fits,
     save_gif,
@@ -31,7 +32,7 @@ from .pictures import (
 )
 from .pipeline import Pipeline, Preview
 
-RUN_RECORD = "run.json"
+MOST_BYTES = 120  # of a class's name in a file's; file systems take 255 in all
 HIDDEN = np.array([128, 128, 128], np.uint8)  # the colour of tokens that are not revealed yet
 
 
@@ -48,12 +49,7 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "mask_temperature": self.mask_temperature,
-            "sampling_temperature": self.sampling_temperature,
-        }
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -155,6 +151,7 @@ def file_name(pipeline: Pipeline, request: Request, index: int, suffix: str) -> 
     names = pipeline.manifest.model.class_names
     label = request.labels[index]
     name = re.sub(r"[^\w]+", "_", names[label]).strip("_") if names else ""
+    name = name.encode()[:MOST_BYTES].decode(errors="ignore")
     return f"{index:06d}-{label}{'-' + name if name else ''}-{request.seeds[index]}{suffix}"
 
 

@@ -21,6 +21,7 @@ Images = NDArray[np.uint8]  # [N, height, width, 3], RGB
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 METADATA_KEY = "enat"
+RUN_RECORD = "run.json"  # of a folder of pictures
 EXIF_DESCRIPTION = 0x010E
 LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}  # pixels each way
 MOST_WEBP = 178_000_000  # pixels; Pillow opens no WebP that is larger
@@ -34,7 +35,10 @@ GAP = 2  # pixels between the pictures of a sheet
 
 
 def to_pil(images: Images) -> list[Image.Image]:
-    """uint8 [N, height, width, 3] → N PIL images."""
+    """uint8 [N, height, width, 3] → N PIL images. Raises InputError for anything else, a single picture too."""
+    found = np.asarray(images)
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3:
+        raise InputError(f"expected pictures, uint8 [N, height, width, 3], got {found.dtype} {list(found.shape)}")
     return [Image.fromarray(image) for image in images]
 
 
@@ -139,9 +143,13 @@ def metadata_file(path: Path) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `enat-run` wrote into a file that it made. Raises InputError where there is nothing of the kind."""
+    """What `enat-run` wrote into a file that it made, or of a folder's run. Raises InputError where there is nothing of the kind."""
+    if path.is_dir():
+        path = path / RUN_RECORD
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.suffix.lower() == ".npy" and not metadata_file(path).is_file():
+        raise InputError(f"{path}: its record is missing: {metadata_file(path).name}, which enat-run wrote beside it")
     try:
         text = metadata_text(path)
         metadata = json.loads(text) if text else None
@@ -159,6 +167,8 @@ def metadata_text(path: Path) -> str | None:
             return str(data["metadata"])
     if suffix == ".npy":
         return metadata_file(path).read_text("utf-8")
+    if suffix == ".json":
+        return path.read_text("utf-8")
     with path.open("rb") as file:
         start = file.read(12)
     # Image.open refuses pictures of very many pixels, which large sheets may have; here no pixel is read.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +18,7 @@ from ..errors import EngineError, InputError, Stopped
 from .backends import Backend, Lane, Tensor, open_backend
 from .classes import class_index, whole
 from .loop import OnStep, sample
-from .manifest import Manifest, read_manifest
+from .manifest import SETTINGS, Manifest, read_manifest
 from .progress import progress_bar
 from .schedule import Step, schedule
 
@@ -31,21 +33,28 @@ BATCH_SIZE = 8
 
 
 class Preview:
-    """The pictures of the batch being drawn, as they would be if the run ended after this step. Made only when asked for, inside
-    the callback."""
+    """The pictures of the batch being drawn, as they would be if the run ended after this step. Made only when asked for, by the callback
+    that got it and in its thread: elsewhere the batch goes on meanwhile."""
 
     def __init__(self, pipeline: Pipeline, lane: Lane, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
         self.pipeline, self.lane = pipeline, lane
         self.tokens, self.positions, self.masked_positions = tokens, positions, masked_positions
+        self.thread: int | None = threading.get_ident()  # None: the callback has returned
 
     def __call__(self) -> Images:
-        """uint8 [batch, height, width, 3]. Raises EngineError where the engine has no image decoder."""
-        self.pipeline.require_images()
+        """uint8 [batch, height, width, 3]. Raises EngineError where the engine has no image decoder, InputError outside the callback."""
+        self.pipeline.manifest.require_images()
+        self.require_callback()
         (images,) = self.lane.run("image_decoder", {"tokens": self.tokens, "positions": self.positions})
         return self.lane.download(images)
 
+    def require_callback(self) -> None:
+        if self.thread != threading.get_ident():
+            raise InputError("a preview is for the callback that got it, and for its thread; keep the pictures that it gives there")
+
     def masked(self) -> NDArray[np.bool_]:
-        """Which tokens are not revealed yet: [batch, grid, grid]."""
+        """Which tokens are not revealed yet: [batch, grid, grid]. Raises InputError outside the callback."""
+        self.require_callback()
         positions = self.lane.download(self.masked_positions)
         grid = self.pipeline.manifest.model.grid
         result = np.zeros((len(positions), grid * grid), bool)
@@ -59,7 +68,7 @@ Callback = Callable[[int, int, Preview], bool | None]
 
 
 class Drawing(TypedDict, total=False):
-    """Settings of a run, as `Pipeline.generate_tokens` explains them."""
+    """Settings of a run, as `Pipeline.generate` explains them."""
 
     num: int
     seed: Seed
@@ -70,6 +79,18 @@ class Drawing(TypedDict, total=False):
     batch_size: int
     callback: Callback | None
     progress: bool
+
+
+DEFAULTS: dict[str, Any] = {**dict.fromkeys(Drawing.__annotations__), "num": 1, "batch_size": BATCH_SIZE, "progress": False}
+
+
+def spell_out(method: Callable[..., Any]) -> None:
+    """Shows the settings one by one where help() and notebooks ask for a method's signature."""
+    own = inspect.signature(method)
+    *plain, _ = own.parameters.values()
+    keyword, hints = inspect.Parameter.KEYWORD_ONLY, Drawing.__annotations__
+    settings = [inspect.Parameter(name, keyword, default=DEFAULTS[name], annotation=hints[name].__forward_arg__) for name in hints]
+    method.__signature__ = own.replace(parameters=[*plain, *settings])  # type: ignore[attr-defined]
 
 
 class Pipeline:
@@ -110,8 +131,13 @@ class Pipeline:
         self.backend.close()
 
     def generate(self, classes: Classes, **settings: Unpack[Drawing]) -> Images:
-        """Draws pictures: uint8 [N, height, width, 3], RGB, class by class. Settings as for `generate_tokens`.
+        """Draws pictures: uint8 [N, height, width, 3], RGB, class by class.
 
+        classes: numbers or names, or one of them. Settings, all optional:
+        num (1): images a class. seed: image i of the request has seed + i (mod 2⁶⁴); or a sequence of seeds, one an image; drawn
+        at random without one. steps: 1 … length. guidance: scale of the classifier-free guidance, 0 for none.
+        mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
+        batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr where that is a terminal.
         Raises EngineError where the engine has no image decoder, InputError for a setting out of its range, Stopped where the callback
         stopped the run, BackendError where the backend fails or the pipeline was closed.
         """
@@ -119,20 +145,13 @@ class Pipeline:
 
     def stream(self, classes: Classes, **settings: Unpack[Drawing]) -> Iterator[Images]:
         """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once."""
-        self.require_images()
-        return (images for (images,) in self.batches(classes, images=True, **settings))
+        self.manifest.require_images()
+        return (images for (images,) in self.batches(classes, settings, images=True))
 
     def generate_tokens(self, classes: Classes, **settings: Unpack[Drawing]) -> Tokens:
-        """Draws tokens: int64 [N, grid, grid].
-
-        classes: numbers or names, or one of them. Settings, all optional:
-        num (1): images a class. seed: image i of the request has seed + i (mod 2⁶⁴); or a sequence of seeds, one an image; drawn
-        at random without one. steps: 1 … length. guidance: scale of the classifier-free guidance, 0 for none.
-        mask_temperature, sampling_temperature: at the first step, falling to 0. Their defaults are the engine's.
-        batch_size (8): images drawn at once. callback: see Callback. progress (False): a bar on stderr where that is a terminal.
-        """
+        """Draws tokens: int64 [N, grid, grid]. Arguments and errors as of `generate`; no image decoder is needed."""
         grid = self.manifest.model.grid
-        return np.concatenate([in_raster(tokens, positions, grid) for tokens, positions in self.batches(classes, **settings)])
+        return np.concatenate([in_raster(tokens, positions, grid) for tokens, positions in self.batches(classes, settings)])
 
     def schedule(
         self,
@@ -147,29 +166,23 @@ class Pipeline:
         )
         return schedule(self.manifest.model.length, **chosen)
 
-    def batches(
-        self,
-        classes: Classes,
-        num: int = 1,
-        seed: Seed = None,
-        batch_size: int = BATCH_SIZE,
-        callback: Callback | None = None,
-        progress: bool = False,
-        images: bool = False,
-        **settings: Any,
-    ) -> Iterator[list[NDArray[Any]]]:
+    def batches(self, classes: Classes, settings: Drawing, images: bool = False) -> Iterator[list[NDArray[Any]]]:
         """Draws batch by batch: what `loop.sample` gives for each. Arguments are checked before the first is drawn."""
-        steps = self.schedule(**settings)
+        for name in settings:
+            if name not in Drawing.__annotations__:
+                raise InputError(f"unknown setting {name!r}; expected {', '.join(Drawing.__annotations__)}")
+        chosen: dict[str, Any] = {**DEFAULTS, **settings}
+        steps = self.schedule(**{name: chosen[name] for name in SETTINGS})
+        num, batch_size = chosen["num"], chosen["batch_size"]
         if whole(num, "a whole number of images") < 1:
             raise InputError(f"expected 1 or more images a class, got {num}")
-        if whole(batch_size, "a whole number as batch size") < 1:
-            raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
-        chosen: Any = classes if is_several(classes) else [classes]
-        labels = [class_index(self.manifest.model, wanted) for wanted in chosen for _ in range(num)]
+        check_batch_size(batch_size)
+        several: Any = classes if is_several(classes) else [classes]
+        labels = [class_index(self.manifest.model, wanted) for wanted in several for _ in range(num)]
         if not labels:
             raise InputError("expected at least one class")
-        seeds = image_seeds(seed, len(labels))
-        return self.draw(labels, seeds, steps, batch_size, images, callback, progress)
+        seeds = image_seeds(chosen["seed"], len(labels))
+        return self.draw(labels, seeds, steps, batch_size, images, chosen["callback"], chosen["progress"])
 
     def draw(
         self,
@@ -187,7 +200,14 @@ class Pipeline:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
-                if callback and callback(bar_start + step.index, total, Preview(self, lane, tokens, positions, masked_positions)):
+                if not callback:
+                    return
+                preview = Preview(self, lane, tokens, positions, masked_positions)
+                try:
+                    stop = callback(bar_start + step.index, total, preview)
+                finally:
+                    preview.thread = None
+                if stop:
                     raise Stopped(f"stopped after step {bar_start + step.index + 1} of {total}")
 
             for number, first in enumerate(starts):
@@ -199,48 +219,59 @@ class Pipeline:
                 bar.update(bar_start + len(steps) - bar.n)
                 yield drawn
 
-    def require_images(self) -> None:
-        """Raises EngineError where the engine cannot make pictures."""
-        if not self.manifest.has("image_decoder.onnx"):
-            raise EngineError(
-                f"{self.manifest.folder}: this engine has no image decoder and gives tokens only; "
-                "ask for tokens, or export it again with its tokenizer (--vqgan)"
-            )
-
-    def decode(self, tokens: NDArray[np.integer[Any]]) -> Images:
-        """tokens [N, grid, grid] → pictures, uint8 [N, height, width, 3]."""
-        self.require_images()
+    def decode(self, tokens: NDArray[np.integer[Any]], batch_size: int = BATCH_SIZE) -> Images:
+        """tokens [N, grid, grid], whole numbers → pictures, uint8 [N, height, width, 3]; so many at once."""
+        self.manifest.require_images()
         model = self.manifest.model
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 3 or tokens.shape[1:] != (model.grid, model.grid):
-            raise InputError(f"expected tokens of shape [N, {model.grid}, {model.grid}], got {list(tokens.shape)}")
+        tokens = as_array(tokens)
+        if tokens.shape[1:] != (model.grid, model.grid) or tokens.dtype.kind not in "iu":
+            raise InputError(f"expected whole numbers of shape [N, {model.grid}, {model.grid}], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < model.codes):
             raise InputError(f"expected tokens of 0 to {model.codes - 1}, got {tokens.min()} to {tokens.max()}")
         if not len(tokens):
             return np.empty((0, model.image_size or 0, model.image_size or 0, 3), np.uint8)
         flat = np.ascontiguousarray(tokens.reshape(len(tokens), -1), np.int64)
         positions = np.tile(np.arange(model.length, dtype=np.int64), (len(flat), 1))
-        return self.run_graph("image_decoder", {"tokens": flat, "positions": positions})
+        return self.run_graph("image_decoder", {"tokens": flat, "positions": positions}, batch_size)
 
-    def encode(self, images: Images) -> Tokens:
-        """pictures, uint8 [N, height, width, 3] → tokens [N, grid, grid]. Raises EngineError without an image encoder."""
+    def encode(self, images: Images, batch_size: int = BATCH_SIZE) -> Tokens:
+        """pictures, uint8 [N, height, width, 3] → tokens [N, grid, grid]; so many at once. Raises EngineError without an image encoder."""
         model = self.manifest.model
         if not self.manifest.has("image_encoder.onnx"):
             raise EngineError(f"{self.manifest.folder}: this engine has no image encoder")
         expected = (model.image_size, model.image_size, 3)
+        images = as_array(images)
         if images.dtype != np.uint8 or images.shape[1:] != expected:
             raise InputError(
                 f"expected uint8 images of shape [N, {', '.join(map(str, expected))}], got {images.dtype} {list(images.shape)}"
             )
         if not len(images):
             return np.empty((0, model.grid, model.grid), np.int64)
-        return self.run_graph("image_encoder", {"images": images}).reshape(-1, model.grid, model.grid)
+        return self.run_graph("image_encoder", {"images": images}, batch_size).reshape(-1, model.grid, model.grid)
 
-    def run_graph(self, graph: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """One run of a graph with one output."""
-        with self.backend.lease() as lane:
-            (result,) = lane.compute(None, arrays, lambda inputs: lane.run(graph, inputs))
-            return result
+    def run_graph(self, graph: str, arrays: Mapping[str, NDArray[Any]], batch_size: int) -> NDArray[Any]:
+        """Runs a graph with one output, batch by batch."""
+        check_batch_size(batch_size)
+        count = len(next(iter(arrays.values())))
+        results = []
+        for first in range(0, count, batch_size):
+            chosen = {name: array[first : first + batch_size] for name, array in arrays.items()}
+            with self.backend.lease() as lane:
+                results += lane.compute(None, chosen, lambda inputs: lane.run(graph, inputs))
+        return np.concatenate(results)
+
+
+def check_batch_size(value: int) -> None:
+    if whole(value, "a whole number as batch size") < 1:
+        raise InputError(f"expected a batch size of 1 or more, got {value}")
+
+
+def as_array(given: Any) -> NDArray[Any]:
+    """Arrays, and lists of what becomes one. Raises InputError."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError) as error:  # of rows that differ in length, say
+        raise InputError(f"expected an array ({error})") from error
 
 
 def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int) -> Tokens:
@@ -252,7 +283,7 @@ def in_raster(tokens: NDArray[np.int64], positions: NDArray[np.int64], grid: int
 
 def is_several(value: object) -> bool:
     """Whether it is an iterable of values, and no word; an array without dimensions is one value."""
-    return isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "shape", None) != ()
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "shape", None) != ()
 
 
 def image_seeds(seed: Seed, count: int) -> list[int]:
@@ -270,3 +301,7 @@ def image_seeds(seed: Seed, count: int) -> list[int]:
     if not all(0 <= s < 2**64 for s in seeds):
         raise InputError("expected seeds of 0 to 2**64 - 1")
     return seeds
+
+
+for method in (Pipeline.generate, Pipeline.stream, Pipeline.generate_tokens):
+    spell_out(method)

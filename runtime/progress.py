@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -9,4 +10,4 @@ from tqdm import tqdm
 
 def progress_bar(total: int, unit: str, shown: bool = True) -> tqdm[NoReturn]:
     """A bar that is gone when it is done; none where it is not to be shown, or where stderr is no terminal."""
-    return tqdm(total=total, unit=unit, disable=None if shown else True, leave=False)
+    return tqdm(total=total, unit=unit, disable=None if shown and sys.stderr is not None else True, leave=False)

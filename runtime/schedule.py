@@ -8,6 +8,8 @@ from numbers import Integral, Real
 
 from ..errors import InputError
 
+LARGEST = 1e6  # of a setting: far beyond any that is of use, and what is computed from it stays finite in float32
+
 
 @dataclass(frozen=True)
 class Step:
@@ -43,8 +45,8 @@ def schedule(length: int, steps: int, guidance: float, mask_temperature: float, 
     if not isinstance(steps, Integral) or not 1 <= steps <= length:
         raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
     for name, value in (("guidance", guidance), ("mask temperature", mask_temperature), ("sampling temperature", sampling_temperature)):
-        if not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
-            raise InputError(f"expected a {name} of 0 or more, got {value!r:.40}")
+        if not isinstance(value, Real) or not 0 <= value <= LARGEST:  # not so of NaN
+            raise InputError(f"expected a {name} of 0 to 1e6, got {value!r:.40}")
     result: list[Step] = []
     masked, new = length, 0
     for index in range(steps):

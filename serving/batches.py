@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import EnatError
+from ..errors import BackendError, EnatError
 from ..runtime.pipeline import Pipeline
-
-SETTINGS = ("steps", "guidance", "mask_temperature", "sampling_temperature")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to draw. settings: of SETTINGS, those that are not the engine's own."""
+    """One picture to draw. settings: of manifest.SETTINGS, those that are not the engine's own."""
 
     label: int
     seed: int
@@ -51,6 +49,8 @@ def draw_all(
                 drawn = list(images)
             except EnatError as error:
                 drawn = [error] * len(chosen)
+            except Exception as error:  # whatever it is, memory that is short, say: the other batches are drawn
+                drawn = [BackendError(f"{type(error).__name__}: {error!s:.200}")] * len(chosen)
             for index, one in zip(chosen, drawn, strict=True):
                 result[index] = one
     return result

@@ -9,14 +9,14 @@ import click
 
 from ..errors import InputError
 from ..runtime.backends import BACKENDS
-from ..runtime.command import Command
+from ..runtime.command import Command, Target, parse_numbers
 from ..runtime.pipeline import BUNDLED_ENGINE
 from .repository import Options, write_repository
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model repository; other models in it stay.")
+@click.option("--out", type=Target(), required=True, help="The model repository; other models in it stay.")
 @click.option("--name", default="enat", show_default=True, help="Of the model; the one that gives PNG files has _png behind.")
 @click.option("--max-batch", default=8, show_default=True, help="Pictures drawn at once.")
 @click.option("--queue-delay", "queue_delay_us", default=5000, show_default=True, help="Microseconds that a request waits for others.")
@@ -32,13 +32,12 @@ from .repository import Options, write_repository
 @click.option("--warmup/--no-warmup", default=True, show_default=True, help="Draw before the model is ready.")
 @click.option("--graphs", is_flag=True, help="Every graph as a model of its own too, for services that run the loop themselves.")
 @click.option("--force", is_flag=True, help="Replace models that exist.")
-def main(engine: Path | None, out: Path, gpus: str | None, force: bool, **options: Any) -> None:
+def main(engine: Path | None, out: Path, gpus: str | None, env: str | None, force: bool, **options: Any) -> None:
     """Write a model repository for Triton Inference Server, with the engine and the runtime inside."""
-    try:
-        numbers = tuple(int(word) for word in gpus.split(",")) if gpus else ()
-    except ValueError:
-        raise InputError(f"--gpus: expected numbers with commas between, got {gpus!r}") from None
+    numbers = parse_numbers("--gpus", gpus)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a directory")
-    names = write_repository(engine or BUNDLED_ENGINE, out, Options(gpus=numbers, **options), force)
+    if env and Path(env).exists():
+        env = str(Path(env).absolute())  # of this machine; what is not here may be on the server's
+    names = write_repository(engine or BUNDLED_ENGINE, out, Options(gpus=numbers, env=env, **options), force)
     click.echo(f"models {', '.join(names)} in {out}", err=True)

@@ -64,16 +64,15 @@ def modulation_dims(manifest: Manifest) -> dict[str, list[int]]:
         from ..runtime.backends.sessions import CPU, Sessions
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
+    sessions = Sessions(manifest.reading, options, lambda graph: CPU)
     return {output.name: list(output.shape[1:]) for output in sessions.get("condition").get_outputs()}
 
 
 def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]:
     if build and graph in build.graphs:
         return {"model.plan": build.plan(graph)}
-    own = [name for name in manifest.files if name.startswith(f"{graph}.onnx")]
     # Graphs name their external data, so only the graph itself is renamed.
-    return {("model.onnx" if name == f"{graph}.onnx" else name): name for name in own}
+    return {("model.onnx" if name == f"{graph}.onnx" else name): name for name in manifest.files_of(graph)}
 
 
 def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpus: Sequence[int]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,7 @@ from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.builds import read_builds
 from ..runtime.files import replace_folder
-from ..runtime.manifest import FILE, Manifest, check_file, read_manifest
-from .batches import SETTINGS
+from ..runtime.manifest import FILE, IMAGE_GRAPHS, REQUIRED_GRAPHS, SETTINGS, Manifest, read_manifest
 from .config import Word, parameters, pbtxt
 from .graphs import graph_configs
 
@@ -72,13 +73,15 @@ class Options:
                 raise InputError(f"expected {option.replace('_', ' ')} of {least} or more, got {value}")
         for option in ("queue_delay_us", "priorities", "queue_size", "queue_timeout_us"):
             if getattr(self, option) < 0:
-                raise InputError(f"expected {option.replace('_', ' ')} of 0 or more, got {getattr(self, option)}")
-        if not self.name or not all(character.isalnum() or character in "_-." for character in self.name):
+                raise InputError(f"expected {option.removesuffix('_us').replace('_', ' ')} of 0 or more, got {getattr(self, option)}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise InputError(f"expected a model name of letters, digits, _, - and ., got {self.name!r}")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise InputError(f"unknown backend {self.backend!r}; expected auto or one of {', '.join(BACKENDS)}")
         if any(gpu < 0 for gpu in self.gpus):
             raise InputError(f"expected GPUs of 0 or more, got {min(self.gpus)}")
+        if len(set(self.gpus)) < len(self.gpus):
+            raise InputError(f"expected each GPU once, got {','.join(map(str, self.gpus))}")
         if self.backend != "auto" and ("cuda" if self.gpus else "cpu") not in BACKENDS[self.backend]:
             raise InputError(f"the backend {self.backend} {'does not run on GPUs' if self.gpus else 'needs --gpus'}")
 
@@ -95,8 +98,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     EngineError where the engine has no image decoder.
     """
     manifest = read_manifest(engine)
-    if not manifest.has("image_decoder.onnx"):
-        raise EngineError(f"{engine}: this engine has no image decoder and gives tokens only; a server needs pictures")
+    manifest.require_images()
     built = [build.options.get("max_batch") for build in read_builds(manifest)]
     if options.backend == "tensorrt" and not any(isinstance(most, int) and most >= options.max_batch for most in built):
         found = f"builds for at most {', '.join(map(str, built))}" if built else "no TensorRT build"
@@ -111,6 +113,10 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
             raise InputError(f"{out / name}: exists; --force replaces it")
         if (out / name).exists() and not (out / name / CONFIG).is_file():
             raise InputError(f"{out / name}: exists and is not a model; it is not replaced, remove it yourself or choose another --name")
+    for kind in ("png", *(Path(graph).stem for graph in (*REQUIRED_GRAPHS, *IMAGE_GRAPHS))):
+        left = out / f"{options.name}_{kind}"
+        if left.name not in names and (left / CONFIG).is_file():
+            raise InputError(f"{left}: would stay, and serve an earlier engine beside this one; remove it, or write it anew too")
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
@@ -130,13 +136,28 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
             version.mkdir(parents=True)
             (partial / name / CONFIG).write_text(pbtxt(config), "utf-8")
             for target, source in files.items():
-                link_or_copy(manifest.folder / source, version / target)
-        for name in names:
-            replace_folder(out / name, partial / name, partial / f"{name}.old")
+                (version / target).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(partial / options.name / "1" / "engine" / source, version / target)
+        replace_models(out, names, partial)
     finally:
         if all((out / name).exists() or not (partial / f"{name}.old").exists() for name in names):
             shutil.rmtree(partial, ignore_errors=True)
     return names
+
+
+def replace_models(out: Path, names: Sequence[str], partial: Path) -> None:
+    """Puts models in their place, all of them or none: those that were there are moved to `partial`, with `.old` behind their names."""
+    done: list[str] = []
+    try:
+        for name in names:
+            replace_folder(out / name, partial / name, partial / f"{name}.old")
+            done.append(name)
+    except BaseException:
+        for name in reversed(done):
+            (out / name).rename(partial / name)
+            if (partial / f"{name}.old").exists():
+                (partial / f"{name}.old").rename(out / name)
+        raise
 
 
 def dynamic_batching(options: Options) -> dict[str, Any]:
@@ -228,14 +249,13 @@ def copy_package(target: Path) -> None:
 
 
 def copy_engine(manifest: Manifest, target: Path) -> None:
-    """The engine's files, and its builds. Raises EngineError for a build whose files are not those that the manifest lists."""
+    """The engine's files, and its builds. Raises EngineError where they are not, or not any more, those that the manifest lists."""
     target.mkdir()
     builds = {name: entry for build in read_builds(manifest) for name, entry in build.files.items()}
-    for name, entry in builds.items():
-        check_file(manifest.folder, name, entry, verify=False)
-    for name in (*manifest.files, *builds, FILE):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(manifest.folder / name, target / name)
+    with manifest.unchanged({**manifest.files, **builds}):
+        for name in (*manifest.files, *builds, FILE):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(manifest.root / name, target / name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

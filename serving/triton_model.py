@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from ..errors import EnatError, InputError
 from ..runtime.classes import class_index
 from ..runtime.cores import part_of_threads
+from ..runtime.manifest import SETTINGS
 from ..runtime.outputs import request_for
 from ..runtime.pictures import png_bytes, to_pil
 from ..runtime.pipeline import Pipeline
-from .batches import SETTINGS, Picture, draw_all
+from .batches import Picture, draw_all
 
 INPUTS = ("class_id", "class_name", "seed", *SETTINGS)
 
@@ -31,6 +32,23 @@ def parameter(config: dict[str, Any], name: str) -> str | None:
 
 def failed(message: str, code: Any) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+# Triton gives a model that asks another one its error's message, and INTERNAL for whatever its code was: the code goes into the message.
+WITH_CODES = {"codes": 1}  # parameters of such a request
+CODES = ("INVALID_ARG", "INTERNAL", "CANCELLED")
+
+
+def failed_in_words(message: str, code: str, request: Any) -> Any:
+    """An error; its code is told in words too where the request asks for it."""
+    asked = "codes" in json.loads(request.parameters() or "{}")
+    return failed(f"{code}: {message}" if asked else message, getattr(pb_utils.TritonError, code))
+
+
+def failed_like(error: Any) -> Any:
+    """What `failed_in_words` said, as an error of that code."""
+    code, _, message = error.message().partition(": ")
+    return failed(message, getattr(pb_utils.TritonError, code)) if code in CODES else pb_utils.InferenceResponse(error=error)
 
 
 class PictureModel:
@@ -49,7 +67,7 @@ class PictureModel:
             device,
             int(threads) if threads else part_of_threads(sum(group["count"] for group in config["instance_group"])),
         )
-        self.pipeline.require_images()
+        self.pipeline.manifest.require_images()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         asked: list[list[Picture] | str] = [self.read(request) for request in requests]
@@ -58,16 +76,16 @@ class PictureModel:
         drawn = draw_all(self.pipeline, pictures, self.batch_size, lambda index: not requests[owners[index]].is_cancelled())
         images = iter(drawn)
         responses = []
-        for one in asked:
+        for request, one in zip(requests, asked, strict=True):
             if isinstance(one, str):
-                responses.append(failed(one, pb_utils.TritonError.INVALID_ARG))
+                responses.append(failed_in_words(one, "INVALID_ARG", request))
                 continue
             own = [next(images) for _ in one]
             errors = [image for image in own if isinstance(image, EnatError)]
             if errors:
-                responses.append(failed(str(errors[0]), pb_utils.TritonError.INTERNAL))
+                responses.append(failed_in_words(str(errors[0]), "INTERNAL", request))
             elif any(image is None for image in own):
-                responses.append(failed("cancelled", pb_utils.TritonError.CANCELLED))
+                responses.append(failed_in_words("cancelled", "CANCELLED", request))
             else:
                 tensors = [
                     pb_utils.Tensor("image", np.stack(own)),  # type: ignore[arg-type]
@@ -129,10 +147,12 @@ class PngModel:
         if request.is_cancelled():
             return failed("cancelled", pb_utils.TritonError.CANCELLED)
         inputs = [tensor for name in INPUTS if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None]
-        inner = pb_utils.InferenceRequest(model_name=self.model, requested_output_names=["image", "seed", "metadata"], inputs=inputs)
+        inner = pb_utils.InferenceRequest(
+            model_name=self.model, requested_output_names=["image", "seed", "metadata"], inputs=inputs, parameters=WITH_CODES
+        )
         response = await inner.async_exec()
         if response.has_error():
-            return pb_utils.InferenceResponse(error=response.error())
+            return failed_like(response.error())
         images = pb_utils.get_output_tensor_by_name(response, "image").as_numpy()
         seeds = pb_utils.get_output_tensor_by_name(response, "seed").as_numpy()
         records = pb_utils.get_output_tensor_by_name(response, "metadata").as_numpy()[:, 0]

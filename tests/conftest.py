@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tensorrt_stand_in import import_tensorrt
 
 from enat import Pipeline
-from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.manifest import FILE, Manifest, file_entries, manifest_text, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 # Machines may be slow at times, for drawing examples too; and fixtures of one test serve all of its examples.
@@ -155,6 +155,13 @@ def bundled() -> Iterator[Pipeline]:
 def trt() -> Any:
     """The module `tensorrt`, as far as it is there."""
     return import_tensorrt()
+
+
+def list_anew(engine: Path) -> Path:
+    """Has the manifest list the files as they are now."""
+    content = json.loads((engine / FILE).read_text())
+    (engine / FILE).write_bytes(manifest_text({**content, "files": file_entries(engine)}))
+    return engine
 
 
 def put_anything_anywhere(manifest: dict[str, Any], data: st.DataObject, numbers: st.SearchStrategy[float]) -> None:

@@ -120,7 +120,7 @@ class HostBackend(LaneBackend[HostLane]):
     device = "cpu"
 
     def __init__(self, manifest: Manifest, slots: int = 1, limit: int = 2**40, options: ort.SessionOptions | None = None) -> None:
-        self.sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options or ort.SessionOptions(), lambda graph: CPU)
+        self.sessions = Sessions(manifest.reading, options or ort.SessionOptions(), lambda graph: CPU)
         self.lanes = Lanes(lambda: HostLane(manifest, HostDevice(limit), self.sessions, "cpu"), slots, self.sessions.close)
 
 

@@ -295,7 +295,7 @@ def test_checkpoints_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--preset", "enat-l-256"], ["grid 8 and 10 classes", "grid 16 and 1000 classes"]),
         (["--preset", "enat-s"], ["enat-s"]),
         ([*SPLIT, "--steps", "65"], ["1 to 64 steps, got 65"]),
-        ([*SPLIT, "--guidance", "-1"], ["guidance of 0 or more, got -1.0"]),
+        ([*SPLIT, "--guidance", "-1"], ["guidance of 0 to 1e6, got -1.0"]),
         ([*SPLIT, "--vqgan", str(DATA / "odd" / "vqgan.ckpt")], ["256 codes but the tokenizer has 128"]),
         ([*SPLIT, "--vqgan", str(TINY.ckpt)], ["not a VQGAN"]),
         ([*SPLIT, "--class-names", str(DATA / "tiny" / "none.txt")], ["none.txt"]),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import invoke, refused
+from conftest import invoke, list_anew, refused
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
@@ -357,10 +357,12 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, engine_copy: Path) -> 
     with pytest.raises(InputError, match="the backend openvino runs on cpu, got the device 'cuda:0'"):
         Pipeline.load(backend="openvino", device="cuda:0")
     monkeypatch.setenv("ENAT_CACHE", "")
-    with Pipeline.load(engine_copy, "openvino") as pipeline:
-        (engine_copy / "encoder.onnx").write_bytes(b"damaged")
-        with pytest.raises(BackendError, match=r"encoder\.onnx: OpenVINO .* cannot load it"):
-            pipeline.generate([1], seed=0)
+    (engine_copy / "encoder.onnx").write_bytes(b"damaged")
+    with (
+        Pipeline.load(list_anew(engine_copy), "openvino") as pipeline,
+        pytest.raises(BackendError, match=r"encoder\.onnx: OpenVINO .* cannot load it"),
+    ):
+        pipeline.generate([1], seed=0)
     monkeypatch.delitem(sys.modules, "enat.runtime.backends.openvino_cpu")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r'pip install "enat\[openvino\]"'):

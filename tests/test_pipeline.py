@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,8 +134,13 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
         ({"classes": [1], "seed": itertools.count(5)}, "expected one seed for each of 1 images, got 2"),
         ({"classes": "all"}, "unknown class 'all'"),
         ({"classes": [1], "steps": "8"}, "expected 1 to 64 steps, got '8'"),
-        ({"classes": [1], "guidance": "a"}, "expected a guidance of 0 or more, got 'a'"),
+        ({"classes": [1], "guidance": "a"}, "expected a guidance of 0 to 1e6, got 'a'"),
         ({"classes": ["9" * 5000]}, "expected a class of 0 to 9, got 9"),
+        ({"classes": b"3"}, "expected a class by its number or name, got b'3'"),
+        ({"classes": [1], "guidance": 1e39}, "expected a guidance of 0 to 1e6, got 1e+39"),
+        ({"classes": [1], "guidance": 10**400}, "expected a guidance of 0 to 1e6, got 1000"),
+        ({"classes": [1], "guidance_scale": 3}, "unknown setting 'guidance_scale'; expected num, seed, steps, guidance"),
+        ({"classes": [1], "images": True}, "unknown setting 'images'"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             pipe.generate_tokens(**arguments)  # type: ignore[arg-type]
@@ -194,6 +201,43 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
         pipe.encode(images[:, :16])
     with pytest.raises(InputError, match="expected tokens of 0 to 255"):
         pipe.decode(tokens + 256)
+    with pytest.raises(InputError, match=r"expected whole numbers of shape \[N, 8, 8\], got float64 \[2, 8, 8\]"):
+        pipe.decode(tokens + 0.5)
+    with pytest.raises(InputError, match="expected a batch size of 1 or more, got 0"):
+        pipe.decode(tokens, batch_size=0)
+    assert np.array_equal(pipe.encode(to_pil(images), batch_size=1), tokens)
+    assert np.array_equal(pipe.decode(tokens.tolist(), batch_size=1), pipe.decode(tokens))
+    with pytest.raises(InputError, match=r"expected pictures, uint8 \[N, height, width, 3\], got uint8 \[32, 32, 3\]"):
+        to_pil(images[0])
+
+
+def test_previews_are_for_their_callback(pipe: Pipeline) -> None:
+    """Outside of it, or in another thread, other batches may have the lane."""
+    kept: list[Preview] = []
+    elsewhere: list[str] = []
+
+    def watch(step: int, total: int, preview: Preview) -> None:
+        kept.append(preview)
+        thread = threading.Thread(target=lambda: elsewhere.append(refusal(preview)))
+        thread.start()
+        thread.join()
+
+    def refusal(preview: Preview) -> str:
+        with pytest.raises(InputError) as found:
+            preview()
+        return str(found.value)
+
+    pipe.generate([1], seed=0, steps=2, callback=watch)
+    assert {refusal(one) for one in kept} | set(elsewhere) == {
+        "a preview is for the callback that got it, and for its thread; keep the pictures that it gives there"
+    }
+
+
+def test_the_settings_are_shown(pipe: Pipeline) -> None:
+    """By help() and notebooks, with their defaults."""
+    shown = inspect.signature(pipe.generate).parameters
+    assert list(shown)[:4] == ["classes", "num", "seed", "steps"] and shown["batch_size"].default == 8
+    assert shown.keys() == inspect.signature(pipe.generate_tokens).parameters.keys()
 
 
 @pytest.mark.parametrize(
@@ -228,18 +272,6 @@ def test_an_engine_without_images(engine_copy: Path) -> None:
     assert pipeline.generate_tokens([1], seed=0).shape == (1, 8, 8)
     with pytest.raises(EngineError, match="no image decoder"):
         pipeline.generate([1], seed=0)
-
-
-def test_an_engine_stays_the_one_that_was_loaded(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the program goes, and a link leads, before the first picture."""
-    wanted = Pipeline.load(engine_copy).generate([1], seed=1)
-    monkeypatch.chdir(tmp_path)
-    Path("current").symlink_to(engine_copy)
-    loaded = [Pipeline.load(engine_copy.relative_to(tmp_path)), Pipeline.load("current")]
-    Path("current").unlink()
-    monkeypatch.chdir("/")
-    for pipeline in loaded:
-        assert np.array_equal(pipeline.generate([1], seed=1), wanted)
 
 
 def test_class_names_with_blanks_around_them(engine_copy: Path) -> None:

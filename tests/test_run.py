@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,6 +154,12 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
     assert Path("part", names[0]).stat().st_mtime_ns == kept
     for name in names:
         assert Path("part", name).read_bytes() == Path("whole", name).read_bytes()
+    Path("part", names[2]).unlink()
+    assert run("--out", "part", "--resume").exit_code == 0  # its record says what was asked for
+    assert Path("part", names[2]).read_bytes() == Path("whole", names[2]).read_bytes()
+    for out, record in (("again", "whole"), ("again 2", "whole/run.json")):
+        assert run("--replay", record, "--out", out).exit_code == 0
+        assert all(Path(out, name).read_bytes() == Path("whole", name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -255,6 +262,9 @@ def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
         (["--class", "1", "--grid", "--out", "folder"], ["--grid makes one picture"]),
         (["--class", "1", "--gif", "--out", "a.png"], [".gif"]),
         (["--class", "1", "--out", "a.bmp"], ["a.bmp: expected a folder, or a file that ends in .png"]),
+        (["--class", "1", "--out", "a.pn"], ["a.pn: expected a folder, or a file that ends in .png", "did you mean .png?"]),
+        (["--class", "1", "--out", "-"], ["expected the name of a file or a folder to write, got '-'"]),
+        (["--class", "1", "--out", ""], ["expected the name of a file or a folder to write, got ''"]),
         (["--class", "1", "--resume", "--out", "a.png"], ["--resume"]),
         (["--class", "1", "--resume", "--out", "folder"], ["no run to go on with"]),
         (["--class", "1", "--steps", "65", "--out", "a.png"], ["1 to 64 steps, got 65"]),
@@ -364,7 +374,7 @@ def test_what_does_not_fit_into_a_format(run: Run) -> None:
         (["--class", 1, "--out", "x.mp4"], "x.mp4: expected a folder, or a file that ends in .png"),
         (["--class", 1, "--out", "there.png"], "there.png: is a folder; expected a file to write"),
         (["--class", 1, "--out", "x.txt"], "x.txt: expected a folder, or a file that ends in .png"),
-        (["--class", 1, "--guidance", "nan", "--out", "x.png"], "expected a guidance of 0 or more, got nan"),
+        (["--class", 1, "--guidance", "nan", "--out", "x.png"], "expected a guidance of 0 to 1e6, got nan"),
     ],
 )
 def test_more_that_is_refused(run: Run, arguments: list[object], message: str) -> None:
@@ -425,6 +435,37 @@ def test_what_a_file_says_reaches_no_terminal(run: Run) -> None:
     result = run("--replay", "a.npy", "--out", "b.npy")
     refused(result, "?]0;title??Error")
     assert "\x1b" not in result.stderr
+
+
+def test_tokens_whose_record_is_gone(run: Run) -> None:
+    assert run("--class", 1, "--seed", 1, "--out", "a.npy").exit_code == 0
+    Path("a.npy.json").unlink()
+    refused(run("--replay", "a.npy", "--out", "b.npy"), "a.npy: its record is missing: a.npy.json, which enat-run wrote beside it")
+
+
+def test_a_link_is_written_through(run: Run) -> None:
+    Path("elsewhere").mkdir()
+    Path("a.png").symlink_to("elsewhere/b.png")
+    assert run("--class", 1, "--seed", 1, "--out", "a.png").exit_code == 0
+    assert Path("a.png").is_symlink() and [path.name for path in Path("elsewhere").iterdir()] == ["b.png"]
+
+
+def test_without_stderr(tmp_path: Path) -> None:
+    code = "from enat.runtime.cli import main; main()"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} --class R --seed 1 --out r.png --json 2>&-"
+    found = subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    assert json.loads(found.stdout)["files"] == ["r.png"] and (tmp_path / "r.png").is_file()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_nobody_is_told(tmp_path: Path, backend: str) -> None:
+    """ONNX Runtime and OpenVINO, which report to their makers by themselves, leave none of the files that they do it with."""
+    unset = {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "ENAT_CACHE", "CI", "TF_BUILD", "JENKINS_URL"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path)}
+    code = f"import enat; enat.Pipeline.load(backend={backend!r}).generate([1], seed=1)"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert {path.name for path in tmp_path.glob(".cache/*")} <= {"enat"}
+    assert {path.name for path in tmp_path.iterdir()} <= {".cache"}
 
 
 def test_the_root_is_no_place_for_pictures(run: Run) -> None:

@@ -41,6 +41,9 @@ def test_a_repository_has_all_that_a_server_needs(tmp_path: Path) -> None:
 
 def test_what_no_server_could_start_is_refused(tmp_path: Path) -> None:
     for arguments, message in (
+        (("--gpus", "0,0"), "expected each GPU once, got 0,0"),
+        (("--gpus", ""), "--gpus: expected a number, or numbers with commas between, got ''"),
+        (("--name", "."), "expected a model name of letters, digits, _, - and ., got '.'"),
         (("--gpus", "-1"), "expected GPUs of 0 or more, got -1"),
         (("--backend", "tensorrt"), "the backend tensorrt needs --gpus"),
         (("--backend", "openvino", "--gpus", 0), "the backend openvino does not run on GPUs"),
@@ -88,21 +91,35 @@ def test_force_replaces_models_and_nothing_else(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "enat" / "thesis.txt").write_text("years of work")
     refused(write(tmp_path, "--force"), "enat: exists and is not a model")
     assert (tmp_path / "enat" / "thesis.txt").read_text() == "years of work"
-    # Interrupted while the new model is put in place: the old one is there.
+
+
+@pytest.mark.parametrize("model", ["enat", "enat_png"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_all_models_are_replaced_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, at_once: bool) -> None:
+    """Interrupted while one of them is put in place: the old ones are there, whether or not the system exchanges folders at once."""
     models = tmp_path / "models"
     assert write(models).exit_code == 0
-    (models / "enat" / "mark").write_text("old")
+    for name in ("enat", "enat_png"):
+        (models / name / "mark").write_text("old")
     rename = Path.rename
+    if not at_once:
+        monkeypatch.setattr("enat.runtime.files.exchange", lambda one, other: False)
 
     def interrupted(self: Path, target: Path) -> Path:
-        if target == models / "enat" and ".old" not in self.name:
+        if target.name == f"{model}.old" if at_once else target == models / model and ".old" not in self.name:
             raise KeyboardInterrupt
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
     assert write(models, "--force").exit_code == 130
-    assert (models / "enat" / "mark").read_text() == "old"
+    assert [(models / name / "mark").read_text() for name in ("enat", "enat_png")] == ["old"] * 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_models_of_an_earlier_engine_do_not_stay_beside_it(tmp_path: Path) -> None:
+    assert write(tmp_path, "--graphs").exit_code == 0
+    refused(write(tmp_path, "--force"), "enat_condition: would stay, and serve an earlier engine beside this one")
+    assert write(tmp_path, "--force", "--graphs").exit_code == 0
 
 
 def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +133,7 @@ def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatc
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr("enat.runtime.files.exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fails)
     assert write(models, "--force").exit_code == 1
     assert [path.read_text() for path in tmp_path.rglob("mark")] == ["old"]
@@ -160,7 +178,7 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
     assert write(tmp_path / "models", "--force").exit_code == 0
     assert write(tmp_path / "models", "--name", "other").exit_code == 0  # beside it
     refused(write(tmp_path / "x", "--max-batch", 0), "expected max batch of 1 or more, got 0")
-    refused(write(tmp_path / "x", "--gpus", "0,a"), "--gpus: expected numbers with commas between, got '0,a'")
+    refused(write(tmp_path / "x", "--gpus", "0,a"), "--gpus: expected a number, or numbers with commas between, got '0,a'")
     refused(write(tmp_path / "x", "--name", "a/b"), "expected a model name of letters, digits, _, - and ., got 'a/b'")
     refused(write(tmp_path / "x", "--engine", tmp_path / "nowhere"), "not an engine directory")
     (tmp_path / "file").write_text("")

@@ -1,5 +1,6 @@
 #include "graphs.hpp"
 
+#include <cstdlib>
 #include <future>
 #include <iterator>
 #include <map>
@@ -64,7 +65,18 @@ ONNXTensorElementDataType element_type(Type type, ONNXTensorElementDataType engi
 
 bool stays_on_device(Type type) { return type == Type::engine || type == Type::float32; }
 
+/// ONNX Runtime tells its makers how it is used, unless told otherwise before it starts.
+void no_telemetry() {
+    constexpr const char* variable = "ORT_DISABLE_TELEMETRY";
+#ifdef _WIN32
+    if (std::getenv(variable) == nullptr) _putenv_s(variable, "1");
+#else
+    setenv(variable, "1", 0);
+#endif
+}
+
 Ort::Env make_env() {
+    no_telemetry();
     // Asked before anything else is: every other call goes through what this gives.
     if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
         throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " is older than the headers (version 1." +

@@ -12,6 +12,7 @@ namespace enat {
 namespace {
 
 constexpr double pi = 3.141592653589793;
+constexpr double largest = 1e6;  // of a setting: what is computed from it stays finite in float32
 
 /// How many of `length` tokens stay masked after step `index`: floor(length · cos(r·π/2)), 0 after the last. In float64 and in this
 /// order, as the Python runtime computes it: another rounding could move a token to another step.
@@ -29,8 +30,8 @@ std::vector<Step> schedule(std::int64_t length, std::int64_t steps, double cfg_s
     }
     for (const auto& [name, value] :
          {std::pair("guidance", cfg_scale), {"mask temperature", mask_temp}, {"sampling temperature", samp_temp}}) {
-        if (!(std::isfinite(value) && value >= 0)) {
-            throw InputError(std::string("expected a ") + name + " of 0 or more, got " + std::to_string(value));
+        if (!(value >= 0 && value <= largest)) {  // not so of NaN
+            throw InputError(std::string("expected a ") + name + " of 0 to 1e6, got " + std::to_string(value));
         }
     }
     std::vector<Step> result;

@@ -104,9 +104,9 @@ void test_refusals(const enat::Pipeline& pipeline, const std::string& engine) {
     EXPECT(refused({1}, [](enat::Settings& s) { s.batch_size = 0; }, "batch size of 1 or more"));
     EXPECT(refused({1}, [](enat::Settings& s) { s.steps = 0; }, "expected 1 to 64 steps, got 0"));
     EXPECT(refused({1}, [](enat::Settings& s) { s.steps = 65; }, "expected 1 to 64 steps, got 65"));
-    EXPECT(refused({1}, [](enat::Settings& s) { s.guidance = -1; }, "guidance of 0 or more"));
-    EXPECT(refused({1}, [](enat::Settings& s) { s.mask_temperature = NAN; }, "mask temperature of 0 or more"));
-    EXPECT(refused({1}, [](enat::Settings& s) { s.sampling_temperature = HUGE_VAL; }, "sampling temperature of 0 or more"));
+    EXPECT(refused({1}, [](enat::Settings& s) { s.guidance = -1; }, "guidance of 0 to 1e6"));
+    EXPECT(refused({1}, [](enat::Settings& s) { s.mask_temperature = NAN; }, "mask temperature of 0 to 1e6"));
+    EXPECT(refused({1}, [](enat::Settings& s) { s.sampling_temperature = HUGE_VAL; }, "sampling temperature of 0 to 1e6"));
     EXPECT(refused({1}, [](enat::Settings& s) { s.seeds = {1, 2}; }, "one seed for each of 1 images, got 2"));
     EXPECT(refused({1}, [](enat::Settings& s) { s.seeds = {1}, s.seed = 1; }, "got both"));
     enat::Tokens tokens = pipeline.generate_tokens({1});

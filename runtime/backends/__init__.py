@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError, EngineError, InputError
+from ..classes import whole
 from ..cores import allowed_threads
 from ..manifest import Manifest
 
@@ -87,17 +88,18 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     all that the process may use by default. slots: batches in flight at once. Raises InputError for words and numbers that it does not
     know, BackendError where the backend is not installed or cannot load the graphs.
     """
+    device = str(device)  # PyTorch's are no strings
     kind = device.split(":")[0]
     if kind not in AUTO:
         raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
     most = os.cpu_count() or 1
-    if threads is not None and not 1 <= threads <= most:
+    if threads is not None and not 1 <= whole(threads, "a whole number of threads") <= most:
         raise InputError(f"expected 1 to {most} threads, as this machine's CPU has, got {threads}")
     if threads is None and kind == "cpu":
         threads = allowed_threads()
-    if slots < 1:
+    if whole(slots, "a whole number of slots") < 1:
         raise InputError(f"expected 1 or more slots, got {slots}")
     if name != "auto":
         return load_backend(name, kind, manifest, device, threads, slots)

@@ -21,11 +21,11 @@ class NumpyLane(ABC):
         """Runs a graph on all of its inputs."""
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        if graph != "image_decoder" or len(inputs["tokens"]) < 2:
+        count = len(next(iter(inputs.values())))
+        if graph not in ("image_decoder", "image_encoder") or count < 2:
             return self.run_once(graph, inputs)
         # Pictures one by one: a picture's features fill a CPU's caches, and several pictures' a lot of memory.
-        chosen = ({name: inputs[name][i : i + 1] for name in ("tokens", "positions")} for i in range(len(inputs["tokens"])))
-        pictures = [self.run_once(graph, {**inputs, **one}) for one in chosen]
+        pictures = [self.run_once(graph, {name: array[i : i + 1] for name, array in inputs.items()}) for i in range(count)]
         return [np.concatenate(parts) for parts in zip(*pictures, strict=True)]
 
     def enter(self) -> None:  # noqa: B027

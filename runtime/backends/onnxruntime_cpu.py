@@ -12,6 +12,7 @@ import onnxruntime as ort
 from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
+from .contract import OUTPUTS
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
@@ -55,7 +56,7 @@ class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         self.device = device
         options = session_options(manifest, threads, slots)
-        sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: CPU)
+        sessions = Sessions(manifest.reading, options, lambda graph: CPU)
         self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions), slots, sessions.close)
         self.sessions = sessions
 
@@ -66,9 +67,13 @@ class OnnxRuntimeLane(NumpyLane):
     def __init__(self, sessions: Sessions) -> None:
         self.sessions = sessions
 
+    def outputs(self, graph: str) -> list[str]:
+        """What is asked of a graph, by name: they may stand in any order."""
+        return list(OUTPUTS[graph])
+
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         session = self.sessions.get(graph)
         try:
-            return session.run(None, dict(inputs))
+            return session.run(self.outputs(graph), dict(inputs))
         except Exception as error:
             raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error

@@ -38,7 +38,7 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
         options = ort.SessionOptions()
         options.log_severity_level = 4
         providers = self.providers
-        sessions = Sessions(lambda graph: manifest.path(f"{graph}.onnx"), options, lambda graph: providers(graph, index, manifest))
+        sessions = Sessions(manifest.reading, options, lambda graph: providers(graph, index, manifest))
         self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda"), slots, sessions.close)
 
     @classmethod

@@ -22,7 +22,7 @@ import openvino as ov
 from ... import __version__
 from ...errors import reason as system_reason
 from ..files import WholeFile
-from ..manifest import Manifest, check_file
+from ..manifest import Manifest
 from . import openvino_graphs
 from .cache_folder import cache_folder
 
@@ -67,20 +67,19 @@ class GraphCache:
         file = self.file(graph)
         return file is not None and file.is_file()
 
-    def get(self, graph: str, compile_graph: Callable[[], Any]) -> CompiledGraph:
+    def get(self, graph: str, compile_graph: Callable[[Path], Any]) -> CompiledGraph:
         """A graph from its file; where there is none that this OpenVINO takes, it is compiled and kept first.
 
         Raises RuntimeError where OpenVINO cannot compile it, EngineError where its files are not those that the manifest lists.
         """
         file = self.file(graph)
         if file is None:
-            return CompiledGraph(compile_graph())
+            with self.manifest.reading(graph) as path:
+                return CompiledGraph(compile_graph(path))
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # missing, cut short, unreadable
             return self.read(graph, file)
-        for name, entry in self.manifest.files.items():
-            if name.startswith(f"{graph}.onnx"):  # large files are not hashed at load: what is wrong must not be kept
-                check_file(self.manifest.folder, name, entry, verify=True)
-        model = compile_graph()
+        with self.manifest.reading(graph, verify=True) as path:  # large files are not hashed at load: what is wrong must not be kept
+            model = compile_graph(path)
         try:
             with WholeFile(file) as partial:
                 partial.write_bytes(model.export_model().getbuffer())

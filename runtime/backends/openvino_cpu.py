@@ -71,12 +71,12 @@ class CompiledGraphs:
 
     def load_now(self, graph: str) -> CompiledGraph:
         try:
-            path = self.manifest.path(f"{graph}.onnx")
-            return self.cache.get(graph, lambda: self.compile(graph, path))
+            return self.cache.get(graph, lambda path: self.compile(graph, path))
         except BaseException as error:
             with self.lock:
                 self.loading.pop(graph, None)  # to be tried again
             if isinstance(error, RuntimeError):
+                path = self.manifest.path(f"{graph}.onnx")
                 raise BackendError(f"{path}: OpenVINO {ov.__version__} cannot load it: {reason(error)}") from error
             raise
 
@@ -123,7 +123,10 @@ class OpenVinoLane(NumpyLane):
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> list[Array]:
         request, compiled = self.request(graph)
         shapes = output_shapes(self.graphs.manifest, graph, inputs, self.modulation_shapes)
-        outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        try:
+            outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        except MemoryError as error:
+            raise BackendError(f"{graph}.onnx: no memory for its outputs ({error})") from error
         # OpenVINO reads and writes where they lie, and keeps none of them alive: a copy that was made here must outlive the run.
         arrays = {name: np.require(array, requirements=("C", "W")) for name, array in {**inputs, **outputs}.items()}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,26 @@ CPU: Providers = [("CPUExecutionProvider", {})]
 class Sessions:
     """An engine's graphs as ONNX Runtime sessions, each made when it is first asked for."""
 
-    def __init__(self, path: Callable[[str], Path], options: ort.SessionOptions, providers: Callable[[str], Providers]) -> None:
-        self.path, self.options = path, options
+    def __init__(
+        self, reading: Callable[[str], AbstractContextManager[Path]], options: ort.SessionOptions, providers: Callable[[str], Providers]
+    ) -> None:
+        self.reading = reading  # gives a graph's path for the time in which it is read
+        self.options = options
         self.providers = providers  # of a graph, the first being the one that must run it
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.lock = threading.Lock()
 
     def get(self, graph: str) -> ort.InferenceSession:
-        """Raises BackendError where ONNX Runtime cannot load the graph."""
+        """Raises BackendError where ONNX Runtime cannot load the graph, EngineError where its files are not those of the engine."""
         with self.lock:
             if graph not in self.sessions:
-                path, providers = self.path(graph), self.providers(graph)
+                providers = self.providers(graph)
                 wanted, _ = providers[0]
-                try:
-                    session = ort.InferenceSession(path, self.options, providers=list(providers))
-                except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-                    raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
+                with self.reading(graph) as path:
+                    try:
+                        session = ort.InferenceSession(path, self.options, providers=list(providers))
+                    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+                        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
                 if wanted not in session.get_providers():  # it falls back to the CPU with no more than a log line
                     raise BackendError(f"{path}: ONNX Runtime {ort.__version__} could not start its {wanted}")
                 self.sessions[graph] = session

@@ -74,12 +74,15 @@ class Plans:
             if graph not in self.engines:
                 if graph not in self.build.graphs:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} has no {graph}")
-                engine = load_plan(self.runtime, self.manifest.root / self.build.plan(graph), self.logger)
+                plan = self.build.plan(graph)
+                with self.manifest.unchanged({plan: self.build.files[plan]}, verify=True):  # it is a program
+                    engine = load_plan(self.runtime, self.manifest.root / plan, self.logger)
                 if graph == "sampler" and engine.get_tensor_location("keep") != trt.TensorLocation.HOST:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} wants keep on the device")
                 source = self.build.graphs[graph].weights
                 if source is not None:
-                    refit(engine, self.manifest.root / source, self.logger)
+                    with self.manifest.unchanged(self.build.weights_of(graph, self.manifest)):
+                        refit(engine, self.manifest.root / source, self.logger)
                 self.engines[graph] = engine
             return self.engines[graph]
 
