@@ -15,8 +15,10 @@ import click
 from ..calibration.calibrate import Settings
 from ..calibration.products import find_products, load_graphs
 from ..calibration.statistics import METHODS
+from ..errors import InputError
 from ..export.compare import compare
 from ..export.convert import Precision, convert_engine
+from ..runtime.command import Command
 from ..runtime.manifest import read_manifest
 from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
 
@@ -42,7 +44,7 @@ def variants(engine: Path, alphas: Sequence[float]) -> dict[str, Settings]:
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--engine", type=click.Path(exists=True, path_type=Path), default=BUNDLED_ENGINE, help="A float32 engine; default: the bundled one."
 )
@@ -50,6 +52,8 @@ def variants(engine: Path, alphas: Sequence[float]) -> dict[str, Settings]:
 @click.option("--images", default=512, show_default=True, help="Pictures to compare on.")
 def main(engine: Path, alphas: tuple[float, ...], images: int) -> None:
     """Print divergence, top-1 agreement, PSNR and size of every variant."""
+    if images < 1:
+        raise InputError(f"expected 1 or more images, got {images}")
     click.echo("| calibration | divergence, nats | top-1 | PSNR, dB | int8 share | size |")
     click.echo("|---|---|---|---|---|---|")
     with Pipeline.load(engine) as reference, tempfile.TemporaryDirectory() as folder:

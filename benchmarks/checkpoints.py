@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.checkpoint import HEAD_DIM
-from ..models.network import Network, NetworkConfig
+from ..models.config import NetworkConfig
+from ..models.network import Network
 from ..models.tokenizer import Tokenizer, TokenizerConfig
 from ..runtime.command import Command
 from ..runtime.files import WholeFile, check_writable

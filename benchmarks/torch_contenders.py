@@ -21,7 +21,8 @@ from ..errors import BackendError
 from ..export.graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph
 from ..export.verify import reference_sampler
 from ..models.checkpoint import check_match, load_network, load_tokenizer
-from ..models.network import Network, NetworkConfig
+from ..models.config import NetworkConfig
+from ..models.network import Network
 from ..models.tokenizer import Tokenizer, to_uint8
 from ..runtime.backends import Array, Program
 from ..runtime.manifest import ModelInfo

@@ -19,6 +19,7 @@ import click
 import numpy as np
 import tritonclient.grpc as grpc
 
+from ..runtime.command import Command
 from ..runtime.pipeline import BUNDLED_ENGINE, Pipeline
 from ..serving.repository import Options, write_repository
 from .machine import processor
@@ -48,7 +49,7 @@ def send(address: str, labels: list[int], clients: int) -> None:
         list(pool.map(one, labels))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--environment", type=click.Path(exists=True, path_type=Path), required=True, help="With nvidia-pytriton and enat[cpu]'s needs."
 )

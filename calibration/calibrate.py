@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,18 @@ from ..errors import ExportError, InputError
 from ..runtime.files import WholeFile
 from ..runtime.manifest import Manifest
 from ..runtime.pipeline import image_seeds
-from ..runtime.progress import progress_bar
+from ..runtime.progress import Report, progress_bar
 from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
 from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
 from .sensitivity import SwitchedLane, harms, keep_float
-from .smooth import ALPHA, Factors, factors, smooth
+from .smooth import ALPHA, Factors, factors, foldable, smooth
 from .statistics import METHODS, Statistic
 from .tapped import watch_runs
 from .trajectory import Trajectory
 
-Report = Callable[[str], None]
-
 # What NumPy, zipfile (NotImplementedError: a method that no zip has) and zlib raise for a file that is cut off, altered or something else.
-DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 LEAST_IMAGES = 8
 SENSITIVITY_BATCHES = 1
@@ -80,7 +79,7 @@ class Calibration:
 
 def fingerprint(manifest: Manifest) -> str:
     """Identifies an engine by its graphs, its weights and how it samples."""
-    entries = {name: entry["sha256"] for name, entry in manifest.files.items() if name.split(".")[0] in (*GRAPHS, "condition")}
+    entries = {name: manifest.files[name]["sha256"] for graph in (*GRAPHS, "condition") for name in manifest.files_of(graph)}
     return hashlib.sha256(json.dumps([entries, vars(manifest.sampling)], sort_keys=True).encode()).hexdigest()
 
 
@@ -172,7 +171,7 @@ def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibratio
         work = {group.name: sum(multiply_adds(product, steps) for product in group.products) for group in groups}
         kept = keep_float(groups, calibration.harm, work)
     else:
-        kept = named_groups(groups, settings.float_layers)
+        kept = named_groups(every, settings.float_layers)
     smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in every if g.name in calibration.factors], manifest.model)
     result = quantize(smoothed, [group for group in groups if group not in kept], calibration.ranges, settings.weight_bits)
     if settings.modulation == "int8":
@@ -193,20 +192,36 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         np.savez_compressed(file, head=np.array(json.dumps(head)), **arrays)
 
 
-def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Calibration:
-    """Reads a calibration back, for an engine with these settings.
+def shared_settings(path: Path) -> dict[str, Any]:
+    """The settings that a calibration's ranges depend on. Raises InputError."""
+    with reading(path), np.load(path) as data:
+        theirs = json.loads(str(data["head"]))["settings"]
+        settings = {name: theirs[name] for name in SHARED_SETTINGS}
+        return {**settings, "classes": settings["classes"] and tuple(settings["classes"])}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Has what damaged files raise raised as InputError."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise InputError(f"{path}: not a calibration written by enat-export: {type(error).__name__}: {error}") from error
+
+
+def load_calibration(path: Path, manifest: Manifest, settings: Settings, graphs: Graphs) -> Calibration:
+    """Reads a calibration back, for an engine with these settings. graphs: the engine's own.
 
     Raises InputError where it is none, was made for another engine, or in another way than the settings ask for.
     """
-    try:
+    with reading(path):
         with np.load(path) as data:
             head = json.loads(str(data["head"]))
             found = {name.removeprefix("factors:"): data[name] for name in data.files if name != "head"}
         theirs = {name: head["settings"][name] for name in SHARED_SETTINGS}
-        ranges = {(graph, value): limit for graph, value, limit in head["ranges"]}
-        result = Calibration(head["fingerprint"], settings, found, ranges, head["harm"])
-    except DAMAGED as error:
-        raise InputError(f"{path}: not a calibration written by enat-export: {error}") from error
+        ranges = {(graph, value): magnitude(limit) for graph, value, limit in head["ranges"]}
+        harm = {name: magnitude(value) for name, value in head["harm"].items()}
+        result = Calibration(head["fingerprint"], settings, found, ranges, harm)
     if result.fingerprint != fingerprint(manifest):
         raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")
     for name, their in theirs.items():
@@ -215,4 +230,22 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings) -> Cali
             raise InputError(f"{path}: made with the {name} {their}, asked for {asked}; calibrate again, to another file")
     if settings.float_layers is None and not result.harm:
         raise InputError(f"{path}: made without measuring sensitivity; name the layers to leave in float, or calibrate again")
+    groups = {group.name: group for group in find_groups(find_products(graphs))}
+    with reading(path):
+        if result.harm and result.harm.keys() != {name for name, group in groups.items() if (group.graph, group.input) in ranges}:
+            raise ValueError("its layers are not the engine's")
+        for name, values in found.items():
+            group = groups[name]
+            channels = graphs[group.graph].graph.initializers[f"{group.products[0].name}.weight"].shape
+            if not foldable(group) or values.shape != (channels and channels[0],) or not (np.isfinite(values) & (values > 0)).all():
+                raise ValueError(f"factors of {name}")
     return result
+
+
+def magnitude(value: object) -> float:
+    """Raises TypeError or ValueError for what is no finite number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected a number, got {value!r:.40}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"expected a number of 0 or more, got {value!r:.40}")
+    return float(value)

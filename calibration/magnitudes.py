@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..runtime.manifest import Manifest
-from .products import GRAPHS, Graphs
+from .products import GRAPHS, NETWORK, Graphs
 from .quantize import constant, describe
 from .tapped import watch_runs
 from .trajectory import Trajectory
@@ -20,8 +20,11 @@ from .trajectory import Trajectory
 def magnitudes(
     manifest: Manifest, graphs: Graphs, trajectories: Sequence[Trajectory], scratch: Path, progress: bool = False
 ) -> dict[tuple[str, str], float]:
-    """The largest magnitude of every float value inside the network and the image decoder: by (graph, value)."""
-    largest: dict[tuple[str, str], float] = {}
+    """The largest magnitude of every float value inside the network and the image decoder, on these runs; of the modulation, for all
+    classes: by (graph, value).
+    """
+    tables = graphs["condition"].graph.initializers
+    largest = {(graph, f"{graph}_modulation"): magnitude(tables[f"{graph}_modulation_table"]) for graph in NETWORK}
     measured = {name: with_maxima(graphs[name]) for name in GRAPHS if name in graphs}
     names = {(graph, output): value for graph, (_, outputs) in measured.items() for output, value in outputs.items()}
 
@@ -34,6 +37,11 @@ def magnitudes(
     changed = {name: model for name, (model, _) in measured.items()} | {"condition": graphs["condition"]}
     watch_runs(manifest, changed, taps, watch, trajectories, scratch, progress)
     return largest
+
+
+def magnitude(value: ir.Value) -> float:
+    assert value.const_value is not None
+    return float(np.nan_to_num(np.abs(value.const_value.numpy()).max(), nan=np.inf))
 
 
 def with_maxima(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models.checkpoint import load_tokenizer
-from ..models.network import Network, NetworkConfig
+from ..models.config import NetworkConfig
+from ..models.network import Network
 from ..models.tokenizer import Tokenizer
 from ..runtime.files import WholeFile
 from ..runtime.manifest import sha256

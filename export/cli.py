@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-import tempfile
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
 from ..runtime.command import Command, Target, needs, parse_numbers
-from .directory import check_target
+from ..runtime.manifest import ModelInfo
+from ..runtime.schedule import check_steps
+from .directory import beside, check_target, name_leftovers
 
 if TYPE_CHECKING:
     from .convert import Precision
@@ -169,15 +172,22 @@ def main(
     if out is not None:
         # What later steps read too: nothing may go before they find out.
         check_target(out, force, (ckpt, engine, *(options[name] for name in ("vqgan", "class_names", "refit", "timing_cache"))))
+        name_leftovers(out)
         written = out
         if numbers:
             checkpoint["steps"] = numbers[0]
+
+        def check(model: ModelInfo) -> None:
+            for count in numbers:
+                check_steps(model.length, count)
+
         if precision == "fp32":
             assert ckpt is not None
-            export_checkpoint(ckpt, out, force, report, **checkpoint)
+            export_checkpoint(ckpt, out, force, report, check, **checkpoint)
             report(f"engine written to {out}")
         else:
-            convert(ckpt, engine, out, conversion(precision, float_type, calibration), calibration_file, force, report, checkpoint)
+            chosen = conversion(precision, float_type, calibration, calibration_file)
+            convert(ckpt, engine, out, chosen, calibration_file, force, report, check, checkpoint)
     if tensorrt:
         from .tensorrt_build import build_engine
 
@@ -194,38 +204,56 @@ def convert(
     calibration_file: Path | None,
     force: bool,
     report: Any,
+    check: Callable[[ModelInfo], None],
     checkpoint: dict[str, Any],
 ) -> None:
     """Makes an engine in another precision, from a float32 one or from a checkpoint by way of one."""
-    from .convert import convert_engine
+    from .convert import calibration_labels, check_calibration_file, convert_engine
 
     if engine:
         convert_engine(engine, out, *chosen, calibration_file, force, report, progress=True)
         return
     assert ckpt is not None
-    beside = out.absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".float32", dir=beside, ignore_cleanup_errors=True) as folder:
-        export_checkpoint(ckpt, Path(folder), force, report, **checkpoint)
-        convert_engine(Path(folder), out, *chosen, calibration_file, force, report, progress=True)
+    if calibration_file:
+        check_calibration_file(calibration_file, out)
+
+    def check_both(model: ModelInfo) -> None:
+        check(model)
+        calibration_labels(model, chosen[1])
+
+    between = beside(out.absolute(), "float32")
+    try:
+        export_checkpoint(ckpt, between, force, report, check_both, **checkpoint)
+        convert_engine(between, out, *chosen, calibration_file, force, report, progress=True)
+    finally:
         gc.collect()  # graphs that were read from the folder map its files
+        shutil.rmtree(between, ignore_errors=True)
 
 
-def export_checkpoint(ckpt: Path, out: Path, force: bool, report: Any, class_names: Path | None = None, **options: Any) -> None:
+def export_checkpoint(
+    ckpt: Path,
+    out: Path,
+    force: bool,
+    report: Any,
+    check: Callable[[ModelInfo], object],
+    class_names: Path | None = None,
+    **options: Any,
+) -> None:
     with needs("export,cpu", "exporting a checkpoint"):
         from .engine import export_engine
     try:
-        names = [line.strip() for line in class_names.read_text("utf-8-sig").splitlines()] if class_names else None
+        text = class_names.read_text("utf-8-sig") if class_names else None
     except UnicodeDecodeError as error:
         raise InputError(f"{class_names}: expected UTF-8 text, a class name a line ({error})") from error
+    names = None if text is None else [line.strip() for line in text.rstrip().splitlines()]
     sampling: dict[str, Any] = {name: options.pop(name) for name in ("steps", "cfg_scale", "mask_temp", "samp_temp") if name in options}
-    export_engine(ckpt, out, sampling=sampling, class_names=names, force=force, report=report, **options)
+    export_engine(ckpt, out, sampling=sampling, class_names=names, force=force, report=report, check=check, **options)
 
 
-def conversion(precision: str, float_type: str | None, options: dict[str, Any]) -> tuple[Precision, Any]:
-    """The precision and the calibration's settings of a command line."""
+def conversion(precision: str, float_type: str | None, options: dict[str, Any], calibration_file: Path | None) -> tuple[Precision, Any]:
+    """The precision and the calibration's settings of a command line: what it does not say, an earlier calibration's file does."""
     with needs("calibration,cpu", f"--precision {precision}"):
-        from ..calibration.calibrate import Settings
+        from ..calibration.calibrate import Settings, shared_settings
         from .convert import Precision
     if "weight_bits" in options:
         options["weight_bits"] = int(options["weight_bits"])
@@ -235,4 +263,6 @@ def conversion(precision: str, float_type: str | None, options: dict[str, Any]) 
             if not words:
                 raise InputError(f"{CALIBRATION_OPTIONS[name]}: expected words with commas between, got {options[name]!r}")
             options[name] = () if name == "float_layers" and words == ["none"] else tuple(words)
+    if calibration_file and calibration_file.is_file():
+        options = {**shared_settings(calibration_file), **options}
     return Precision(precision, float_type or "fp32"), Settings(**options)

@@ -144,7 +144,7 @@ def check_same_model(engine: Pipeline, reference: Pipeline) -> None:
     for name, found, expected in (
         *(
             (name, getattr(one.model, name), getattr(other.model, name))
-            for name in ("grid", "dim", "codes", "num_classes", "encoder_depth")
+            for name in ("grid", "dim", "heads", "codes", "num_classes", "encoder_depth", "decoder_depth")
         ),
         *((name, one.source.get(name), other.source.get(name)) for name in ("checkpoint_sha256", "tokenizer_sha256")),
     ):

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..calibration.calibrate import (
     Calibration,
-    Report,
     Settings,
     calibrate,
     load_calibration,
@@ -28,10 +27,10 @@ from ..calibration.trajectory import Trajectory, record, spread_labels
 from ..errors import ExportError, InputError
 from ..graph_file import save
 from ..runtime.classes import parse_classes
-from ..runtime.files import check_writable
-from ..runtime.manifest import FILE, read_manifest
+from ..runtime.files import check_writable, is_inside
+from ..runtime.manifest import FILE, ModelInfo, read_manifest
 from ..runtime.pipeline import Pipeline
-from ..runtime.progress import progress_bar
+from ..runtime.progress import Report, progress_bar
 from .compare import Comparison, compare
 from .directory import check_target, producer, put_in_place, write_manifest
 from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range, to_float16
@@ -85,17 +84,12 @@ def convert_engine(
     manifest = read_manifest(source)
     if manifest.precision != "fp32":
         raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
-    classes = parse_classes(manifest.model, settings.classes) if settings.classes else None
-    # In an order in which the first few are spread over the classes too.
-    labels = np.random.default_rng(settings.seed).permutation(spread_labels(manifest.model, settings.images, classes)).tolist()
+    labels = calibration_labels(manifest.model, settings)
     graphs = load_graphs(manifest)
     groups = find_groups(find_products(graphs))
     named_groups(groups, settings.float_layers or ())
     if calibration_file:
-        if calibration_file.absolute().is_relative_to(out.absolute()):
-            raise InputError(f"{calibration_file}: a calibration is not a part of the engine; expected a place outside {out}")
-        if not calibration_file.is_file():
-            check_writable(calibration_file, file=True)
+        check_calibration_file(calibration_file, out)
     with put_in_place(out, force) as folder, Pipeline.load(source, WATCHED) as reference:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             section, graphs = changed_graphs(
@@ -123,6 +117,21 @@ def convert_engine(
         write_manifest(folder, content)
     report(f"engine written to {out}: {comparison}")
     return comparison
+
+
+def calibration_labels(model: ModelInfo, settings: Settings) -> list[int]:
+    """The classes of the pictures to learn from, in an order in which the first few are spread over all too. Raises InputError."""
+    classes = parse_classes(model, settings.classes) if settings.classes else None
+    labels: list[int] = np.random.default_rng(settings.seed).permutation(spread_labels(model, settings.images, classes)).tolist()
+    return labels
+
+
+def check_calibration_file(file: Path, out: Path) -> None:
+    """Raises InputError where a calibration can be neither read nor written."""
+    if is_inside(file, out):
+        raise InputError(f"{file}: a calibration is not a part of the engine; expected a place outside {out}")
+    if not file.is_file():
+        check_writable(file, file=True)
 
 
 def changed_graphs(
@@ -153,7 +162,7 @@ def changed_graphs(
     smoothed = graphs
     if precision.name == "int8":
         if calibration_file and calibration_file.exists():
-            calibration = load_calibration(calibration_file, manifest, settings)
+            calibration = load_calibration(calibration_file, manifest, settings, graphs)
             report(f"calibration read from {calibration_file}")
         else:
             calibration = calibrate(manifest, graphs, runs(settings.images), settings, scratch, report, progress)
@@ -161,6 +170,9 @@ def changed_graphs(
                 save_calibration(calibration, calibration_file)
                 report(f"calibration written to {calibration_file}")
         smoothed, quantized = quantized_graphs(graphs, manifest, calibration, reference.schedule())
+        unreached = [group.name for group in find_groups(find_products(graphs)) if (group.graph, group.input) not in calibration.ranges]
+        if unreached:
+            report(f"int8: no run reached {', '.join(unreached[:3])}{', …' if len(unreached) > 3 else ''}, which stay in float")
         section = describe_calibration(calibration, quantized, reference)
         report(f"int8: {section['int8_share']:.1%} of the multiply-adds; in float: {', '.join(section['float_layers']) or 'none'}")
         if section["int8_share"] < LEAST_SHARE:

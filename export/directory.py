@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError, reason
-from ..runtime.files import check_writable, replace_folder
+from ..runtime.files import check_writable, is_inside, replace_folder
 from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
 
 
@@ -34,8 +34,12 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
     """Raises InputError where `out` exists and may not be replaced, or cannot be made. reads: what the work needs, which must not go with
     what was there.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link, to {out.resolve()}; name what it leads to")
+    if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a directory")
+    if out.exists() and is_inside(Path.cwd(), out):
+        raise InputError(f"{out}: is or holds the working directory, which cannot be replaced; choose a folder in it")
     if os.path.ismount(out):
         raise InputError(f"{out}: a mount point cannot be replaced; choose a folder in it")
     if out.exists() and any(out.iterdir()):
@@ -44,22 +48,36 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
         if not (out / FILE).is_file():
             raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
         for path in filter(None, reads):
-            if path.resolve().is_relative_to(out.resolve()):
+            if is_inside(path, out):
                 raise InputError(f"{path}: lies in {out}, which would be replaced; choose another folder for the engine")
     check_writable(out)
 
 
+KINDS = ("partial", "old", "float32")  # a new engine, the one that was there, the one that a new one is made from
+
+
+def beside(out: Path, kind: str) -> Path:
+    """A name for a folder that work on `out` needs for its time."""
+    assert kind in KINDS
+    return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def name_leftovers(out: Path) -> None:
+    """Warns of such folders that are there before the work begins: only a process that was killed leaves them behind."""
+    own = rf"(\.{re.escape(out.name)}|\.\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.float32)\.[0-9a-f]{{8}}\.({'|'.join(KINDS)})"
+    parent = out.absolute().parent
+    for left in sorted(path for path in parent.iterdir() if re.fullmatch(own, path.name)) if parent.is_dir() else ():
+        then = "move back or remove the engine that was there" if left.suffix == ".old" else "remove it"
+        warnings.warn(f"{left}: another export writes here, or was killed and left this; then {then}", RuntimeWarning, stacklevel=3)
+
+
 @contextlib.contextmanager
 def put_in_place(out: Path, force: bool) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not. Warns where one was left
-    behind, which only a process that was killed does.
-    """
+    """A new directory beside `out` that takes its place when the block ends well, and is gone when it does not."""
     out = out.absolute()
-    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
-        warnings.warn(f"{left}: another export writes here, or was killed and left this; then remove it", RuntimeWarning, stacklevel=3)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial, old = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}") for kind in ("partial", "old"))
+        partial, old = beside(out, "partial"), beside(out, "old")
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from error

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from ..calibration.calibrate import Report
 from ..errors import InputError
 from ..graph_file import save
 from ..models.checkpoint import check_match, load_network, load_tokenizer
 from ..models.network import MODULATIONS, Network
 from ..models.presets import Sampling, preset, preset_class_names
 from ..models.tokenizer import Tokenizer
-from ..runtime.manifest import FORMAT, VERSION, sha256
+from ..runtime.manifest import FORMAT, VERSION, ModelInfo, sha256
+from ..runtime.progress import Report
 from ..runtime.schedule import schedule
 from . import verify
 from .directory import check_target, producer, put_in_place, write_manifest
@@ -37,11 +38,13 @@ def export_engine(
     image_encoder: bool = True,
     force: bool = False,
     report: Report = lambda line: None,
+    check: Callable[[ModelInfo], object] = lambda model: None,
 ) -> list[verify.Check]:
     """Exports a network, and with `vqgan` its image tokenizer, as the float32 engine directory `out`. Returns the verification's figures.
 
     heads, encoder_depth: as in the preset, else head_dim 64 and two decoder blocks. sampling: defaults (steps, cfg_scale, mask_temp,
-    samp_temp) in place of the preset's. image_encoder: export the tokenizer's encoder too. force: replace an engine at `out`.
+    samp_temp) in place of the preset's. image_encoder: export the tokenizer's encoder too. force: replace an engine at `out`. check:
+    called with what the engine's model will be, before the work begins; what it raises ends it.
     Raises CheckpointError, InputError, ExportError; whatever happens, `out` is a whole engine, or as it was.
     """
     chosen = preset(preset_name) if preset_name else None
@@ -59,14 +62,13 @@ def export_engine(
         report(f"reading {vqgan}")
         tokenizer = load_tokenizer(vqgan)
         check_match(network, tokenizer)
+    image_size = config.grid * tokenizer.config.factor if tokenizer else None
+    model = ModelInfo(**vars(config), image_size=image_size, class_names=None if names is None else tuple(names))
+    check(model)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "model": {
-            **vars(config),
-            "image_size": config.grid * tokenizer.config.factor if tokenizer else None,
-            "class_names": None if names is None else list(names),
-        },
+        "model": asdict(model),
         "sampling": vars(settings),
         "precision": "fp32",
         "float_type": "float32",

@@ -23,14 +23,19 @@ SCALED = ("own_value", "context_value")
 IMAGES = 2  # one at a time: all layers' outputs are in memory
 
 
-def layer_errors(engine: Pipeline, reference: Pipeline, seed: int = 0, classes: Sequence[int] | None = None) -> dict[str, float]:
-    """The relative error of every product's output in the network, over all steps, on the CPU: by layer, in the network's order."""
+def layer_errors(
+    engine: Pipeline, reference: Pipeline, seed: int = 0, classes: Sequence[int] | None = None, scratch: Path | None = None
+) -> dict[str, float]:
+    """The relative error of every product's output in the network, over all steps, on the CPU: by layer, in the network's order.
+
+    scratch: a folder for copies of both networks; the system's by default, which may lie in memory.
+    """
     labels = spread_labels(reference.manifest.model, IMAGES, classes and classes[:IMAGES])
     trajectories = record(reference, labels, seed, batch_size=1)
     wanted, found = watched(reference), watched(engine)
     layers = [name for name in wanted if name in found]
     sums = {name: np.zeros(2) for name in layers}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, contextlib.ExitStack() as stack:
         lanes = []
         for number, (pipeline, products) in enumerate(((reference, wanted), (engine, found))):
             copies = Path(folder) / str(number)

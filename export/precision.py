@@ -16,7 +16,6 @@ from ..calibration.quantize import drop_unused
 FLOAT32_OPS = ("LayerNormalization", "InstanceNormalization", "Softmax")  # statistics and sums of exponentials
 FLOAT32_OUTPUTS = ("logits", "images")  # what leads from the last product to these stays float32
 NARROWED = ".float16"
-ALWAYS_FLOAT32 = {"Resize": (1, 2)}  # inputs whose type the operator fixes
 
 # How a table in 8 bits is read.
 CONDITION_FLOAT32_OPS = ("Cast", "Mul", "Add")
@@ -58,7 +57,7 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
     for node in list(graph):
         dtype = full if node in kept else narrow
         for index, value in enumerate(node.inputs):
-            if value is None or index in ALWAYS_FLOAT32.get(node.op_type, ()):
+            if value is None:
                 continue
             if value.is_initializer():
                 if dtype == narrow and value.const_value is not None and value.const_value.dtype == full:

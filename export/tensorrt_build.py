@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ..runtime.builds import (
     unsuited,
 )
 from ..runtime.manifest import FILE, Manifest, manifest_text, read_manifest, sha256
+from ..runtime.progress import Report
 from .profiles import graph_profiles
 from .progress_monitor import ProgressMonitor
 from .tensorrt_graphs import prepare
@@ -46,8 +47,6 @@ from .tensorrt_graphs import prepare
 WEIGHTS = ("included", "refittable", "stripped")
 FAULTY_REFIT = "11.3."  # "may produce incorrect numerical output": NVIDIA, TensorRT 11.3.0, Refitting an Engine
 LEAST_CAPABILITY = 7.5  # compute capability; TensorRT 10.13 and later serve Turing and what came after it
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError
-from ..models.network import NetworkConfig
+from ..models.config import NetworkConfig
 from ..runtime.cores import allowed_threads
 
 FLOAT_TOLERANCE = 1e-4  # of the largest value that PyTorch gives, or of 1

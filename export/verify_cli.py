@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from ..runtime.classes import parse_classes
 from ..runtime.command import Command, needs
 from ..runtime.files import WholeFile, check_writable
 from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_fits, save_image, sheet, sheet_size
-from ..runtime.pipeline import Pipeline
+from ..runtime.pipeline import Pipeline, check_batch_size
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -59,8 +60,11 @@ def main(
 
     Along the trajectories that float32 draws, so that both see the same tokens; and left to itself, at the same seeds.
     """
-    if batch_size < 1:
-        raise InputError(f"expected a batch size of 1 or more, got {batch_size}")
+    check_batch_size(batch_size)
+    for option, limit, most in (("--max-divergence", max_divergence, inf), ("--min-top1", min_top1, 1), ("--min-psnr", min_psnr, inf)):
+        if (limit is not None and not 0 <= limit <= most) or limit == inf:
+            share = f" (did you mean {limit / 100:g}?)" if most == 1 and limit is not None and 1 < limit <= 100 else ""
+            raise InputError(f"{option}: expected a number of 0 {'to 1' if most == 1 else 'or more'}, got {limit}{share}")
     for file, suffixes in ((sheet_file, IMAGE_SUFFIXES), (plot, (".png", ".svg", ".pdf"))):
         if file and file.suffix.lower() not in suffixes:
             raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")
@@ -87,7 +91,7 @@ def main(
         result = compare(mine, reference, images, seed, labels, batch_size, keep_pictures=sheet_file is not None, progress=True)
         layers: dict[str, float] = {}
         if plot:
-            layers = layer_errors(mine, reference, seed, labels)
+            layers = layer_errors(mine, reference, seed, labels, plot.absolute().parent)
             draw_plot(result, layers, plot, title)
         if sheet_file:
             assert result.pictures is not None
@@ -131,7 +135,7 @@ def misses(result: Comparison, max_divergence: float | None, min_top1: float | N
     if max_divergence is not None and result.divergence > max_divergence:
         found.append(f"divergence {result.divergence:.3g}, expected at most {max_divergence:g}")
     if min_top1 is not None and result.top1 < min_top1:
-        found.append(f"top-1 agreement {result.top1:.4f}, expected at least {min_top1:g}")
+        found.append(f"top-1 agreement {result.top1:.2%}, expected at least {min_top1:.2%}")
     if min_psnr is not None and result.psnr is not None and result.psnr < min_psnr:
         found.append(f"PSNR {result.psnr:.1f} dB, expected at least {min_psnr:g}")
     return found

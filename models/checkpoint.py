@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .network import Network, NetworkConfig
+from .config import NetworkConfig
+from .network import Network
 from .presets import Preset
 from .tokenizer import Tokenizer, TokenizerConfig
 
@@ -20,13 +21,19 @@ StateDict = dict[str, Tensor]
 HEAD_DIM = 64  # of the published networks
 DECODER_DEPTH = 2
 UNUSED = "prev_embedder."  # in every published checkpoint, used by nothing
+TRAINING = "loss."  # of a tokenizer: what its training alone uses
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel and AveragedModel, torch.compile, Lightning
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Reads tensors and nothing else: a file that would run code is refused.
+    """Reads tensors and nothing else, in float32: a file that would run code is refused.
 
-    Raises CheckpointError where the file is missing, truncated, unsafe or not a plain state dict.
+    Raises CheckpointError where the file is missing, truncated, unsafe or holds no state dict, or more than one.
     """
+    if path.is_dir():
+        inside = sorted(one.name for one in path.iterdir() if one.suffix in SUFFIXES)
+        raise CheckpointError(f"{path}: is a folder; expected a checkpoint{', one of ' + ', '.join(inside[:5]) if inside else ''}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -46,16 +53,60 @@ def read_state_dict(path: Path) -> StateDict:
     except Exception as error:  # torch, zipfile and safetensors each have their own for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint, truncated or of another format ({reason})") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: expected a plain state dict of tensors, found {describe(state)}")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    return float32(bare(unwrapped(state, path)), path)
+
+
+def is_state_dict(found: object) -> bool:
+    return isinstance(found, dict) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
+
+
+def unwrapped(found: object, path: Path) -> StateDict:
+    """The state dict in what a file holds: that itself, or the only one in a dict of what belongs to a training. Raises CheckpointError."""
+    if isinstance(found, dict) and not is_state_dict(found):
+        inside = [name for name, value in found.items() if is_state_dict(value)]
+        if len(inside) > 1:
+            raise CheckpointError(
+                f"{path}: holds several state dicts ({', '.join(map(str, inside))}); expected one: save that one alone with torch.save"
+            )
+        if inside:
+            return found[inside[0]]  # type: ignore[no-any-return]
+    if not is_state_dict(found):
+        raise CheckpointError(f"{path}: expected a plain state dict of tensors, found {describe(found)}")
+    return found  # type: ignore[return-value]
 
 
 def describe(found: object) -> str:
-    if isinstance(found, dict):
-        names = ", ".join(sorted(map(str, found))[:4])
-        return f"a dict with {names or 'nothing in it'}"
-    return f"a {type(found).__name__}"
+    if not isinstance(found, dict):
+        return f"a {type(found).__name__}"
+    other = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
+    if other is None:
+        return "an empty dict"
+    return f"a dict whose {other!r:.60} is a {type(found[other]).__name__}"
+
+
+def bare(state: StateDict) -> StateDict:
+    """Without the prefixes that all keys have from what the model was wrapped in, and without a wrapper's own counter."""
+    state = {str(key): value for key, value in state.items() if key != "n_averaged"}
+    while prefix := next((one for one in WRAPPERS if state and all(key.startswith(one) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def float32(state: StateDict, path: Path) -> StateDict:
+    """The tensors in float32. Raises CheckpointError for what is no table of real numbers, all of them finite."""
+    result = {}
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+            kind = (
+                "no values"
+                if value.is_meta
+                else f"values of type {str(value.dtype).removeprefix('torch.')}, {str(value.layout).removeprefix('torch.')}"
+            )
+            raise CheckpointError(f"{path}: {key} has {kind}; expected floating-point numbers: quantized checkpoints are not read")
+        result[key] = value.float()
+        if not torch.isfinite(result[key]).all():
+            raise CheckpointError(f"{path}: {key} holds values that are not finite in float32")
+    return result
 
 
 def shape_of(state: StateDict, key: str, rank: int, path: Path, kind: str) -> torch.Size:
@@ -88,12 +139,19 @@ def network_config(
     if grid**2 != length:
         raise CheckpointError(f"{path}: expected a square number of positions, found {length}")
     if preset:
-        if (grid, classes - 1) != (preset.grid, preset.num_classes):
-            raise CheckpointError(
-                f"{path}: grid {grid} and {classes - 1} classes, but the preset has grid {preset.grid} and {preset.num_classes} classes"
-            )
-        heads = preset.heads if heads is None else heads
-        encoder_depth = preset.encoder_depth if encoder_depth is None else encoder_depth
+        wanted = preset.config
+        sizes = {
+            "grid": (grid, wanted.grid),
+            "width": (dim, wanted.dim),
+            "number of blocks": (blocks, wanted.encoder_depth + wanted.decoder_depth),
+            "number of codes": (words - 1, wanted.codes),
+            "number of classes": (classes - 1, wanted.num_classes),
+        }
+        for name, (found, expected) in sizes.items():
+            if found != expected:
+                raise CheckpointError(f"{path}: its {name} is {found}, the preset's {expected}: it is of another model")
+        heads = wanted.heads if heads is None else heads
+        encoder_depth = wanted.encoder_depth if encoder_depth is None else encoder_depth
     if heads is None:
         if dim % HEAD_DIM:
             raise CheckpointError(
@@ -125,7 +183,7 @@ def tokenizer_config(state: StateDict, path: Path) -> TokenizerConfig:
 
 
 def fill(model: nn.Module, state: StateDict, path: Path) -> None:
-    """Puts the tensors into the model, in float32, and names what is missing, unknown or of another shape."""
+    """Puts the tensors into the model, and names what is missing, unknown or of another shape."""
     expected = {key: value.shape for key, value in model.state_dict().items()}
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
@@ -139,10 +197,7 @@ def fill(model: nn.Module, state: StateDict, path: Path) -> None:
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise CheckpointError(f"{path}: {key} has shape {list(state[key].shape)}, expected {list(shape)}")
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {key} holds values that are not finite")
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(False)
 
 
@@ -167,7 +222,7 @@ def load_network(
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """An image tokenizer from a checkpoint, float32, ready for inference. Raises CheckpointError."""
-    state = read_state_dict(path)
+    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(TRAINING)}
     config = tokenizer_config(state, path)
     if config.encoder_blocks < 1 or config.decoder_blocks < 1 or any(width % 32 for width in config.channels):
         raise CheckpointError(f"{path}: not a VQGAN of MaskGIT's kind: widths {list(config.channels)} (expected multiples of 32)")

@@ -9,48 +9,14 @@ L tokens an image, D width, K codes, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from .config import NetworkConfig
 
 # What one block takes from the class: in the order in which the checkpoint's Linear(D → 8·D) gives them.
 MODULATIONS = ("shift_self", "scale_self", "shift_context", "scale_context", "gate_attn", "shift_mlp", "scale_mlp", "gate_mlp")
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Sizes of a network. `grid²` tokens an image, `codes` entries in the tokenizer's codebook."""
-
-    grid: int
-    dim: int
-    heads: int
-    encoder_depth: int
-    decoder_depth: int
-    codes: int
-    num_classes: int
-
-    def __post_init__(self) -> None:
-        if self.heads < 1 or self.dim % self.heads:
-            raise CheckpointError(f"the width {self.dim} must be divisible by the number of heads, got {self.heads}")
-        if self.encoder_depth < 1 or self.decoder_depth < 1:
-            raise CheckpointError(f"encoder and decoder need at least one block each, got {self.encoder_depth} and {self.decoder_depth}")
-
-    @property
-    def length(self) -> int:
-        """Tokens an image."""
-        return self.grid**2
-
-    @property
-    def mask_token(self) -> int:
-        return self.codes
-
-    @property
-    def null_class(self) -> int:
-        return self.num_classes
 
 
 class MLP(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from ..errors import InputError
+from .config import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Preset:
-    heads: int
-    encoder_depth: int
-    grid: int
-    num_classes: int
+    config: NetworkConfig
     sampling: Sampling
     class_names: str  # a file beside this one, one name a line
 
 
+def enat_l(grid: int) -> NetworkConfig:
+    return NetworkConfig(grid, dim=1024, heads=16, encoder_depth=22, decoder_depth=2, codes=1024, num_classes=1000)
+
+
 PRESETS = {
-    "enat-l-256": Preset(16, 22, 16, 1000, Sampling(8, 2.5, 1.5, 6.0), "imagenet_classes.txt"),
-    "enat-l-512": Preset(16, 22, 32, 1000, Sampling(8, 3.5, 1.5, 4.0), "imagenet_classes.txt"),
+    "enat-l-256": Preset(enat_l(16), Sampling(8, 2.5, 1.5, 6.0), "imagenet_classes.txt"),
+    "enat-l-512": Preset(enat_l(32), Sampling(8, 3.5, 1.5, 4.0), "imagenet_classes.txt"),
 }
 
 

@@ -14,6 +14,11 @@ from ..errors import InputError
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder, or is it, wherever links lead."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def check_writable(path: Path, file: bool = False) -> None:
     """Raises InputError where `path`, a file or a folder, can't be written, before any work is done for it."""
     if file and path.is_dir():

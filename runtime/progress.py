@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from tqdm import tqdm
+
+Report = Callable[[str], None]  # takes what long work says of itself, line by line
 
 
 def progress_bar(total: int, unit: str, shown: bool = True) -> tqdm[NoReturn]:

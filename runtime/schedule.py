@@ -36,14 +36,19 @@ def kept(length: int, steps: int, index: int) -> int:
     return math.floor(length * math.cos((index + 1) / steps * math.pi / 2))
 
 
+def check_steps(length: int, steps: int) -> None:
+    """Raises InputError unless a run over `length` tokens can have so many steps."""
+    if not isinstance(steps, Integral) or not 1 <= steps <= length:
+        raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
+
+
 def schedule(length: int, steps: int, guidance: float, mask_temperature: float, sampling_temperature: float) -> list[Step]:
     """The steps of a run over `length` tokens; ends when nothing is masked, which with very many steps comes before `steps`.
 
     guidance: at the end; it rises linearly from 0. mask_temperature, sampling_temperature: at the start; they fall linearly.
     Raises InputError where a setting is out of its range.
     """
-    if not isinstance(steps, Integral) or not 1 <= steps <= length:
-        raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
+    check_steps(length, steps)
     for name, value in (("guidance", guidance), ("mask temperature", mask_temperature), ("sampling temperature", sampling_temperature)):
         if not isinstance(value, Real) or not 0 <= value <= LARGEST:  # not so of NaN
             raise InputError(f"expected a {name} of 0 to 1e6, got {value!r:.40}")

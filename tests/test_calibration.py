@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from enat import Pipeline
-from enat.calibration.calibrate import Settings, calibrate, load_calibration, named_groups, quantized_graphs, save_calibration
+from enat.calibration.calibrate import (
+    Settings,
+    calibrate,
+    load_calibration,
+    named_groups,
+    quantized_graphs,
+    save_calibration,
+    shared_settings,
+)
 from enat.calibration.products import Graphs, Group, Product, find_groups, find_products, int8_share, load_graphs, multiply_adds
 from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, quantize, quantize_channels, quantize_columns, quantize_tables
 from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedLane, harms, keep_float
@@ -353,7 +361,7 @@ def test_calibration_is_deterministic(pipe: Pipeline, graphs: Graphs, trajectori
     assert first.ranges == second.ranges
     assert all(np.array_equal(first.factors[name], second.factors[name]) for name in first.factors)
     save_calibration(first, tmp_path / "calibration.npz")
-    read = load_calibration(tmp_path / "calibration.npz", pipe.manifest, SETTINGS)
+    read = load_calibration(tmp_path / "calibration.npz", pipe.manifest, SETTINGS, graphs)
     assert read.ranges == first.ranges and read.settings == first.settings
     smoothed, quantized = quantized_graphs(graphs, pipe.manifest, read, pipe.schedule())
     assert int8_share(find_products(quantized), pipe.schedule()) == 1
@@ -367,17 +375,34 @@ def test_a_calibration_of_another_engine(
     file = tmp_path / "calibration.npz"
     save_calibration(calibrate(pipe.manifest, graphs, trajectories, SETTINGS, tmp_path), file)
     with pytest.raises(InputError, match="a calibration of another engine"):
-        load_calibration(file, Pipeline.load(engines("tiny")).manifest, SETTINGS)
+        load_calibration(file, Pipeline.load(engines("tiny")).manifest, SETTINGS, graphs)
     with pytest.raises(InputError, match="made with the seed 0, asked for 1"):
-        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, seed=1))
+        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, seed=1), graphs)
     with pytest.raises(InputError, match="without measuring sensitivity"):
-        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, float_layers=None))
+        load_calibration(file, pipe.manifest, dataclasses.replace(SETTINGS, float_layers=None), graphs)
+    assert shared_settings(file) == {"method": "percentile", "smoothquant": 0.7, "images": 8, "classes": None, "seed": 0}
+    with np.load(file) as data:
+        arrays = dict(data)
+    head, name = json.loads(str(arrays["head"])), next(name for name in arrays if name.startswith("factors:"))
+    for damage in (
+        {"head": {**head, "ranges": [[*head["ranges"][0][:2], "1"]]}},
+        {"head": {**head, "ranges": [[*head["ranges"][0][:2], float("nan")]]}},
+        {"head": {**head, "harm": ["x"]}},
+        {"head": {**head, "harm": {"x": 1.0}}},
+        {name: arrays[name][:-1]},
+        {name: -arrays[name]},
+        {"factors:nothing": arrays[name]},
+    ):
+        changed = {key: np.array(json.dumps(value)) if key == "head" else value for key, value in damage.items()}
+        np.savez(tmp_path / "damaged.npz", **{**arrays, **changed})
+        with pytest.raises(InputError, match=r"damaged\.npz: not a calibration written by enat-export"):
+            load_calibration(tmp_path / "damaged.npz", pipe.manifest, SETTINGS, graphs)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a calibration"):
-        load_calibration(file, pipe.manifest, SETTINGS)
+        load_calibration(file, pipe.manifest, SETTINGS, graphs)
     file.write_bytes(b"")
     with pytest.raises(InputError, match="not a calibration"):
-        load_calibration(file, pipe.manifest, SETTINGS)
+        load_calibration(file, pipe.manifest, SETTINGS, graphs)
 
 
 def test_layers_that_no_run_reaches_stay_in_float(engine_copy: Path, tmp_path: Path) -> None:

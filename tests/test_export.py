@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from enat.errors import CheckpointError, ExportError
 from enat.export.cli import main
 from enat.export.directory import put_in_place
 from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
+from enat.models.network import Network
 from enat.models.presets import PRESETS, preset_class_names
 from enat.runtime.manifest import FILE
 from enat.runtime.pipeline import BUNDLED_ENGINE
@@ -175,13 +177,30 @@ def test_a_swap_that_stops_half_way(engine_copy: Path, monkeypatch: pytest.Monke
 
 
 def test_what_a_killed_export_left_is_named(engine_copy: Path) -> None:
-    left = engine_copy.with_name(".engine.1234abcd.partial")
-    left.mkdir()
-    engine_copy.with_name(".other.1234abcd.partial").mkdir()
-    warned = pytest.warns(RuntimeWarning, match=f"{left}: another export writes here, or was killed")
-    with warned as found, put_in_place(engine_copy, force=True) as folder:
-        shutil.copytree(engine_copy, folder, dirs_exist_ok=True)
-    assert len(found) == 1 and left.is_dir()
+    names = [".engine.1234abcd.partial", ".engine.1234abcd.old", ".engine.1234abcd.float32", "..engine.1234abcd.float32.1234abcd.partial"]
+    for name in (*names, ".other.1234abcd.partial", ".engine.int8.1234abcd.partial"):
+        engine_copy.with_name(name).mkdir()
+    result = export("--engine", engine_copy, "--precision", "fp16", "--out", engine_copy, "--force")
+    refused(result, "which would be replaced")
+    result = export("--ckpt", "nowhere.pth", "--out", engine_copy, "--force")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    assert [line.partition(": another export writes here, or was killed")[0] for line in lines] == [
+        f"Warning: {engine_copy.with_name(name)}" for name in sorted(names)
+    ]
+
+
+def test_where_an_engine_does_not_go(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(engine_copy)
+    refused(export("--ckpt", TINY.ckpt, "--out", tmp_path / "link", "--force"), f"is a link, to {engine_copy}; name what it leads to")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", tmp_path):
+        refused(export("--ckpt", TINY.ckpt, "--out", out, "--force"), "is or holds the working directory, which cannot be replaced")
+    arguments = ("--ckpt", TINY.ckpt, *SPLIT, "--precision", "int8", "--out", tmp_path / "x")
+    refused(export(*arguments, "--calibration", tmp_path / "empty/../x/c.npz"), "a calibration is not a part of the engine")
+    result = export(*arguments, "--calibration-classes", "99")
+    refused(result, "unknown class" if "unknown" in result.stderr else "expected a class of 0 to 9, got 99")
+    assert "condition" not in result.stderr  # it was found out before the work
 
 
 def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +269,28 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
         case "hostile zip":
             torch.save({"x": Hostile()}, path)
             return path, "could run code"
-        case "a training state":
-            torch.save({"model": state, "step": 3}, path)
-            return path, "found a dict with model, step"
+        case "a folder":
+            (path / "other").mkdir(parents=True)
+            (path / "nnet_ema.pth").write_bytes(b"")
+            return path, "is a folder; expected a checkpoint, one of nnet_ema.pth"
+        case "two networks":
+            torch.save({"model": state, "ema": state, "step": 3}, path)
+            return path, "holds several state dicts (model, ema)"
+        case "something else among them":
+            torch.save({**state, "step": 3}, path)
+            return path, "found a dict whose 'step' is a int"
+        case "whole numbers":
+            torch.save({**state, "norm.weight": torch.ones(48, dtype=torch.int8)}, path)
+            return path, "norm.weight has values of type int8, strided; expected floating-point numbers"
+        case "complex numbers":
+            torch.save({**state, "norm.weight": torch.ones(48, dtype=torch.complex64)}, path)
+            return path, "norm.weight has values of type complex64"
+        case "sparse":
+            torch.save({**state, "norm.weight": torch.ones(48).to_sparse()}, path)
+            return path, "norm.weight has values of type float32, sparse_coo"
+        case "too large":
+            torch.save({**state, "norm.weight": torch.full((48,), 1e300, dtype=torch.float64)}, path)
+            return path, "norm.weight holds values that are not finite in float32"
         case "another model":
             torch.save({"layer.weight": torch.zeros(3, 3)}, path)
             return path, "not an ENAT network: expected x_embedder.word_embeddings.weight"
@@ -272,8 +310,8 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
 
 
 KINDS = (
-    "missing", "truncated", "empty", "hostile", "hostile zip", "a training state", "another model", "missing keys", "unknown keys",
-    "a wrong shape", "not finite",
+    "missing", "truncated", "empty", "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers",
+    "complex numbers", "sparse", "too large", "another model", "missing keys", "unknown keys", "a wrong shape", "not finite",
 )  # fmt: skip
 
 
@@ -292,7 +330,7 @@ def test_checkpoints_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--heads", "5"], ["48 must be divisible by the number of heads, got 5"]),
         (["--heads", "3", "--encoder-depth", "5"], ["5 blocks", "1 to 4, got 5"]),
         ([], ["48 is not a multiple", "--heads"]),
-        (["--preset", "enat-l-256"], ["grid 8 and 10 classes", "grid 16 and 1000 classes"]),
+        (["--preset", "enat-l-256"], ["its grid is 8, the preset's 16"]),
         (["--preset", "enat-s"], ["enat-s"]),
         ([*SPLIT, "--steps", "65"], ["1 to 64 steps, got 65"]),
         ([*SPLIT, "--guidance", "-1"], ["guidance of 0 to 1e6, got -1.0"]),
@@ -329,10 +367,46 @@ def test_defaults_of_heads_and_depth(tmp_path: Path) -> None:
     assert load_network(DATA / "odd" / "nnet_ema.pth", encoder_depth=1).config.heads == 1
 
 
+def wrapped(state: dict[str, Any], how: str) -> Any:
+    match how:
+        case "DistributedDataParallel of torch.compile":
+            return {f"module._orig_mod.{key}": value for key, value in state.items()}
+        case "AveragedModel":
+            return {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in state.items()}}
+        case "Lightning":
+            return {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3, "optimizer_states": [{"a": 1}]}
+        case "half precision":
+            return {key: value.bfloat16() for key, value in state.items()}
+        case "float8":
+            return {**state, "norm.bias": state["norm.bias"].to(torch.float8_e4m3fn)}
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["DistributedDataParallel of torch.compile", "AveragedModel", "Lightning", "half precision", "float8"])
+def test_checkpoints_as_trainings_write_them(tmp_path: Path, how: str) -> None:
+    state = read_state_dict(TINY.ckpt)
+    torch.save(wrapped(state, how), tmp_path / "net.pth")
+    found = read_state_dict(tmp_path / "net.pth")
+    assert found.keys() == state.keys()
+    for key, value in found.items():
+        assert value.dtype == torch.float32 and torch.allclose(value, state[key], rtol=0.1, atol=0.01), key
+
+
+def test_a_preset_is_of_its_sizes(tmp_path: Path) -> None:
+    """A network of another width would be given the wrong number of heads, which no shape tells."""
+    config = PRESETS["enat-l-256"].config
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in Network(dataclasses.replace(config, dim=128, heads=2)).state_dict().items()}
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "net.pth")
+    refused(
+        export("--ckpt", tmp_path / "net.pth", "--preset", "enat-l-256", "--out", tmp_path / "x"), "its width is 128, the preset's 1024"
+    )
+
+
 def test_presets() -> None:
     for preset in PRESETS.values():
         names = preset_class_names(preset)
-        assert len(names) == len(set(names)) == preset.num_classes
+        assert len(names) == len(set(names)) == preset.config.num_classes
     assert (names[207], names[88], names[0], names[999]) == ("golden retriever", "macaw", "tench", "toilet tissue")
     assert vars(PRESETS["enat-l-512"].sampling) == {"steps": 8, "cfg_scale": 3.5, "mask_temp": 1.5, "samp_temp": 4.0}
 

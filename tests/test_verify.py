@@ -116,6 +116,12 @@ def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_pat
     refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--sheet", tmp_path / "s.txt"), "ends in .png")
     strict = invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 2, "--max-divergence", 1e-9, "--min-psnr", 90)
     refused(strict, "divergence", "expected at most 1e-09", "PSNR", code=1)
+    for option, value, message in (
+        ("--max-divergence", "nan", "--max-divergence: expected a number of 0 or more, got nan"),
+        ("--min-psnr", "inf", "--min-psnr: expected a number of 0 or more, got inf"),
+        ("--min-top1", "97", "--min-top1: expected a number of 0 to 1, got 97.0 (did you mean 0.97?)"),
+    ):
+        refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, option, value), message)
     refused(invoke(verify_main, int8, "--against", int8), "its precision is int8, expected fp32")
     refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--seed", -1), "a seed of 0 to 2**64 - 1, got -1")
     other = tmp_path / "other"
