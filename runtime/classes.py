@@ -64,7 +64,9 @@ def suggestion(model: ModelInfo, wanted: str) -> str:
 
 
 def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
-    """The classes that the words of a command line name, in their order: `207`, `golden retriever`, `10-19`, `A-F`, `#7`, `all`."""
+    """The classes that the words of a command line name, in their order: `207`, `golden retriever`, `10-19`, `A-F`, `#7`, `all`, and
+    several of them with commas between.
+    """
     result: list[int] = []
     for word in wanted:
         if isinstance(word, int):
@@ -72,6 +74,9 @@ def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
             continue
         if word.casefold() == "all" and not by_name(model, word):
             result += range(model.num_classes)
+            continue
+        if "," in word.strip(",") and not by_name(model, word):
+            result += parse_classes(model, [part.strip() for part in word.split(",")])
             continue
         first, dash, last = word.partition("-")
         if dash and first and last and not by_name(model, word) and is_class(model, first) and is_class(model, last):

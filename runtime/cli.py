@@ -37,7 +37,7 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
     "classes",
     multiple=True,
     metavar="CLASS",
-    help="Number, name, range (10-19, A-F) or all; may be repeated. #7 is always number 7.",
+    help="Number, name, range (10-19, A-F), several of them with commas between, or all; may be repeated. #7 is always number 7.",
 )
 @click.option("--num", type=int, help="Pictures a class; default: 1.")
 @click.option("--seed", type=int, help="Picture i has seed SEED + i; without it, one is drawn and printed.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from enat import Pipeline
-from enat.errors import InputError
+from enat.errors import BackendError, InputError
 from enat.serving.batches import Picture, draw_all
 
 
@@ -37,9 +37,11 @@ def test_a_failing_batch_fails_alone(bundled: Pipeline) -> None:
         def draw(self, labels: Sequence[int], *rest: Any, **named: Any) -> Any:
             if 3 in labels:
                 raise InputError("three")
+            if 5 in labels:
+                raise MemoryError
             return super().draw(labels, *rest, **named)
 
-    pictures = [Picture(label, 0) for label in (1, 2, 3, 4)]
-    first, unwanted, failed, fourth = draw_all(Failing(bundled.manifest, bundled.backend), pictures, 1, lambda index: index != 1)
-    assert isinstance(failed, InputError) and unwanted is None
+    pictures = [Picture(label, 0) for label in (1, 2, 3, 4, 5)]
+    first, unwanted, failed, fourth, fifth = draw_all(Failing(bundled.manifest, bundled.backend), pictures, 1, lambda index: index != 1)
+    assert isinstance(failed, InputError) and isinstance(fifth, BackendError) and unwanted is None
     assert isinstance(first, np.ndarray) and isinstance(fourth, np.ndarray)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_library import CACHE, ROOT, done, enat_run, engine_of, refused, tokens_of
+from cpp_library import CACHE, ROOT, call, done, enat_run, engine_of, refused, tokens_of
 from PIL import Image
 
 from enat import Pipeline
@@ -62,6 +62,16 @@ def test_pictures_are_those_of_python(built: Path, bundled: Pipeline, tmp_path: 
     with Image.open(out) as drawn:
         assert drawn.mode == "RGB"
         assert np.array_equal(np.asarray(drawn), np.asarray(sheet(bundled.generate(["R", 2], num=3, seed=4), 4)))
+
+
+def test_nobody_is_told(plain: Path, tmp_path: Path) -> None:
+    """ONNX Runtime, which reports to its makers by itself, leaves none of the files that it does it with."""
+    for home in ("given", "run"):
+        (tmp_path / home).mkdir()
+    arguments = ("--class=#1", "--seed=1", f"--out={tmp_path / 'given' / '1.png'}")
+    result = call(plain / "enat-run-cpp", f"--engine={BUNDLED_ENGINE}", *arguments, env={"HOME": str(tmp_path / "run")})
+    assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_seed_that_is_drawn_is_told(plain: Path, bundled: Pipeline, tmp_path: Path) -> None:

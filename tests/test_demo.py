@@ -47,6 +47,7 @@ def test_classes(bundled: Pipeline) -> None:
     model = bundled.manifest.model
     assert "".join(model.class_names or ()) == CLASSES
     assert parse_classes(model, ["R", "r", "7", "#7", "A-C", "0-2", "#0-#1"]) == [17, 17, 33, 7, 0, 1, 2, 26, 27, 28, 0, 1]
+    assert parse_classes(model, ["R,7, A-C"]) == parse_classes(model, ["R", "7", "A-C"])
     assert parse_classes(model, ["all"]) == list(range(36))
 
 

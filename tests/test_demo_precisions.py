@@ -28,7 +28,7 @@ def test_what_a_difference_is() -> None:
     assert second.accuracy_difference == first.accuracy_difference == Estimate(0, 0, 0)
     assert third.accuracy_difference.value == pytest.approx(-recognised[::20].sum() / 2000)
     assert third.accuracy_difference.high < 0
-    assert first.distance.value == pytest.approx(4, rel=0.1)  # four means that are one apart
+    assert first.distance == pytest.approx(4, rel=0.1)  # four means that are one apart
     assert third.distance_ratio.high < 1  # moved towards the real ones
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import put_anything_anywhere
+from conftest import list_anew, put_anything_anywhere
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,3 +137,13 @@ def test_a_file_that_may_not_be_read(engine_copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(EngineError, match=r"manifest\.json: .*[Pp]ermission"):
         read_manifest(engine_copy)
+
+
+def test_the_files_of_a_graph(engine_copy: Path) -> None:
+    """Those that its name begins, and those that might be any graph's."""
+    for name in ("encoder.onnx.data", "weights.bin", "image_encoder.onnx_data"):
+        (engine_copy / name).write_bytes(b"")
+    manifest = read_manifest(list_anew(engine_copy))
+    assert manifest.files_of("encoder") == ["encoder.onnx", "encoder.onnx.data", "weights.bin"]
+    assert manifest.files_of("decoder") == ["decoder.onnx", "weights.bin"]
+    assert manifest.files_of("image_encoder") == ["image_encoder.onnx", "image_encoder.onnx_data", "weights.bin"]

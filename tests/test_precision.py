@@ -165,6 +165,20 @@ def test_features_that_overflow_are_refused(engine_copy: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
+def test_a_class_whose_modulation_overflows_is_found(engine_copy: Path, tmp_path: Path) -> None:
+    """Among many classes that no picture of the calibration was of."""
+    model = load_graphs(read_manifest(engine_copy), ("condition",))["condition"]
+    table = model.graph.initializers["decoder_modulation_table"].const_value
+    assert table is not None
+    values = table.numpy().copy()
+    values[9] *= 1e6
+    save(with_initializers(model, {"decoder_modulation_table": values}), engine_copy / "condition.onnx")
+    write_manifest(engine_copy, json.loads((engine_copy / FILE).read_text()))
+    settings = Settings(classes=("0-3",), images=8)
+    with pytest.raises(ExportError, match=r"decoder_modulation reaches .*, too much for float16"):
+        convert_engine(engine_copy, tmp_path / "fp16", Precision("fp16"), settings)
+
+
 def test_ranges_of_float16() -> None:
     assert not out_of_range(0) and not out_of_range(1e-3) and not out_of_range(1e4)
     assert out_of_range(65504) and out_of_range(1e-6) and out_of_range(float("inf"))

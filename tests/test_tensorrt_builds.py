@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import invoke, modulation
 
-from enat.errors import EngineError
+from enat.errors import EngineError, ExportError
 from enat.export.profiles import graph_profiles
 from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, graph_source, read_builds, unsuited
 from enat.runtime.cli import main as run_main
@@ -53,6 +53,36 @@ def test_builds_are_in_the_manifest(trt: Any, engine_copy: Path) -> None:
         assert build.graphs == one.graphs
         assert set(build.files) == {f"tensorrt/{build.id}/{graph}.plan" for graph in GRAPHS}
     assert sorted(path.name for path in (engine_copy / "tensorrt").iterdir()) == sorted((one.id, other.id))
+
+
+def test_two_builds_at_once_are_both_listed(trt: Any, engine_copy: Path) -> None:
+    """Whose work began before the other was there. Nothing is listed where the engine is another one by then."""
+    from enat.export.tensorrt_build import put_in_manifest
+
+    before = read_manifest(engine_copy)
+    builds = [make_build(before), make_build(before, max_batch=8)]
+    folder = engine_copy / "tensorrt" / ".partial" / "plans"
+    for build in builds:
+        folder.mkdir(parents=True)
+        put_in_manifest(before, build, folder)
+    assert [build.id for build in read_builds(read_manifest(engine_copy))] == [build.id for build in builds]
+    content = json.loads((engine_copy / "manifest.json").read_text())
+    (engine_copy / "manifest.json").write_text(json.dumps({**content, "producer": "another"}))
+    folder.mkdir(parents=True)
+    with pytest.raises(ExportError, match="was replaced while its plans were built"):
+        put_in_manifest(before, builds[0], folder)
+
+
+def test_plans_are_hashed_whenever_they_are_read(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones too, and after they were checked: a plan is a program."""
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
+    plan = choose_build(manifest, HERE).plan("encoder")
+    content = (engine_copy / plan).read_bytes()
+    (engine_copy / plan).write_bytes(bytes(len(content)))
+    build = choose_build(manifest, HERE)  # of the same size
+    with pytest.raises(EngineError, match=r"encoder\.plan: sha256"), manifest.unchanged({plan: build.files[plan]}, verify=True):
+        pass
 
 
 def test_the_key_of_a_build(manifest: Manifest) -> None:

@@ -110,7 +110,11 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
     };
     for (std::size_t i = 0; i < words.size(); ++i) {
         option = words[i];
-        if (const auto flag = flags.find(option); flag != flags.end()) {
+        if (const std::size_t equals = option.find('='); option.rfind("--", 0) == 0 && equals != std::string::npos) {
+            const auto entry = options.find(option = words[i].substr(0, equals));
+            if (entry == options.end()) throw enat::InputError("unknown argument '" + words[i] + "'; -h shows what there is");
+            entry->second(words[i].substr(equals + 1));
+        } else if (const auto flag = flags.find(option); flag != flags.end()) {
             flag->second();
         } else if (const auto entry = options.find(option); entry == options.end()) {
             throw enat::InputError("unknown argument '" + option + "'; -h shows what there is");
