@@ -197,7 +197,13 @@ def shared_settings(path: Path) -> dict[str, Any]:
     with reading(path), np.load(path) as data:
         theirs = json.loads(str(data["head"]))["settings"]
         settings = {name: theirs[name] for name in SHARED_SETTINGS}
-        return {**settings, "classes": settings["classes"] and tuple(settings["classes"])}
+        settings["classes"] = settings["classes"] and tuple(settings["classes"])
+        kinds = {"method": str, "smoothquant": int | float, "images": int, "seed": int}
+        whole = all(isinstance(settings[name], kind) for name, kind in kinds.items())
+        if not whole or not all(isinstance(one, str | int) for one in settings["classes"] or ()):
+            raise TypeError(f"its settings are {settings!r:.200}")
+        Settings(**settings)  # raises for what is out of its range
+        return settings
 
 
 @contextlib.contextmanager
@@ -205,7 +211,7 @@ def reading(path: Path) -> Iterator[None]:
     """Has what damaged files raise raised as InputError."""
     try:
         yield
-    except DAMAGED as error:
+    except (*DAMAGED, InputError) as error:
         raise InputError(f"{path}: not a calibration written by enat-export: {type(error).__name__}: {error}") from error
 
 
@@ -219,8 +225,8 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings, graphs:
             head = json.loads(str(data["head"]))
             found = {name.removeprefix("factors:"): data[name] for name in data.files if name != "head"}
         theirs = {name: head["settings"][name] for name in SHARED_SETTINGS}
-        ranges = {(graph, value): magnitude(limit) for graph, value, limit in head["ranges"]}
-        harm = {name: magnitude(value) for name, value in head["harm"].items()}
+        ranges = {(graph, value): finite(limit) for graph, value, limit in head["ranges"]}
+        harm = {name: finite(value) for name, value in head["harm"].items()}
         result = Calibration(head["fingerprint"], settings, found, ranges, harm)
     if result.fingerprint != fingerprint(manifest):
         raise InputError(f"{path}: a calibration of another engine than {manifest.folder}; calibrate again, to another file")
@@ -242,7 +248,7 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings, graphs:
     return result
 
 
-def magnitude(value: object) -> float:
+def finite(value: object) -> float:
     """Raises TypeError or ValueError for what is no finite number of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"expected a number, got {value!r:.40}")

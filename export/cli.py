@@ -15,9 +15,9 @@ from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
 from ..runtime.command import Command, Target, needs, parse_numbers
-from ..runtime.manifest import ModelInfo
+from ..runtime.manifest import ModelInfo, read_manifest
 from ..runtime.schedule import check_steps
-from .directory import beside, check_target, name_leftovers
+from .directory import beside, check_target
 
 if TYPE_CHECKING:
     from .convert import Precision
@@ -172,7 +172,6 @@ def main(
     if out is not None:
         # What later steps read too: nothing may go before they find out.
         check_target(out, force, (ckpt, engine, *(options[name] for name in ("vqgan", "class_names", "refit", "timing_cache"))))
-        name_leftovers(out)
         written = out
         if numbers:
             checkpoint["steps"] = numbers[0]
@@ -187,6 +186,8 @@ def main(
             report(f"engine written to {out}")
         else:
             chosen = conversion(precision, float_type, calibration, calibration_file)
+            if engine:
+                check(read_manifest(engine).model)
             convert(ckpt, engine, out, chosen, calibration_file, force, report, check, checkpoint)
     if tensorrt:
         from .tensorrt_build import build_engine
@@ -257,12 +258,13 @@ def conversion(precision: str, float_type: str | None, options: dict[str, Any], 
         from .convert import Precision
     if "weight_bits" in options:
         options["weight_bits"] = int(options["weight_bits"])
-    for name in ("classes", "float_layers"):
-        if name in options:
-            words = [word.strip() for word in options[name].split(",") if word.strip()]
-            if not words:
-                raise InputError(f"{CALIBRATION_OPTIONS[name]}: expected words with commas between, got {options[name]!r}")
-            options[name] = () if name == "float_layers" and words == ["none"] else tuple(words)
+    if "classes" in options:
+        options["classes"] = (options["classes"],)
+    if "float_layers" in options:
+        words = [word.strip() for word in options["float_layers"].split(",") if word.strip()]
+        if not words:
+            raise InputError(f"--float-layers: expected words with commas between, got {options['float_layers']!r}")
+        options["float_layers"] = () if words == ["none"] else tuple(words)
     if calibration_file and calibration_file.is_file():
         options = {**shared_settings(calibration_file), **options}
     return Precision(precision, float_type or "fp32"), Settings(**options)

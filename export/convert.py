@@ -32,7 +32,7 @@ from ..runtime.manifest import FILE, ModelInfo, read_manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import Report, progress_bar
 from .compare import Comparison, compare
-from .directory import check_target, producer, put_in_place, write_manifest
+from .directory import check_target, name_leftovers, producer, put_in_place, write_manifest
 from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range, to_float16
 
 PRECISIONS = ("fp16", "int8")
@@ -81,6 +81,7 @@ def convert_engine(
     """
     settings = settings or Settings()
     check_target(out, force, (source, calibration_file))
+    name_leftovers(out, source)
     manifest = read_manifest(source)
     if manifest.precision != "fp32":
         raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
@@ -98,9 +99,10 @@ def convert_engine(
         report("writing the graphs")
         for name, model in graphs.items():
             save(model, folder / f"{name}.onnx")
-        for name in manifest.files:
-            if name.startswith(("sampler.onnx", "image_encoder.onnx")):  # whose choice of codes wants every digit
-                shutil.copy2(source / name, folder / name)
+        as_they_are = ("sampler", "image_encoder")  # whose choices want every digit
+        for name in {name for graph in as_they_are if manifest.has(f"{graph}.onnx") for name in manifest.files_of(graph)}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, folder / name)
         theirs = json.loads((source / FILE).read_text("utf-8"))
         content = {name: theirs[name] for name in ("format", "version", "model", "sampling", "opset", "source") if name in theirs}
         content |= {"precision": precision.name, "float_type": FLOAT_TYPES["fp16" if precision.float16 else "fp32"], "producer": producer()}

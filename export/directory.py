@@ -62,11 +62,11 @@ def beside(out: Path, kind: str) -> Path:
     return out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}")
 
 
-def name_leftovers(out: Path) -> None:
-    """Warns of such folders that are there before the work begins: only a process that was killed leaves them behind."""
-    own = rf"(\.{re.escape(out.name)}|\.\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.float32)\.[0-9a-f]{{8}}\.({'|'.join(KINDS)})"
+def name_leftovers(out: Path, own: Path | None = None) -> None:
+    """Warns of such folders that are there before the work begins: only a process that was killed leaves them behind. own: not of this."""
+    pattern = rf"(\.{re.escape(out.name)}|\.\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.float32)\.[0-9a-f]{{8}}\.({'|'.join(KINDS)})"
     parent = out.absolute().parent
-    for left in sorted(path for path in parent.iterdir() if re.fullmatch(own, path.name)) if parent.is_dir() else ():
+    for left in sorted(path for path in parent.iterdir() if path != own and re.fullmatch(pattern, path.name)) if parent.is_dir() else ():
         then = "move back or remove the engine that was there" if left.suffix == ".old" else "remove it"
         warnings.warn(f"{left}: another export writes here, or was killed and left this; then {then}", RuntimeWarning, stacklevel=3)
 

@@ -20,7 +20,7 @@ from ..runtime.manifest import FORMAT, VERSION, ModelInfo, sha256
 from ..runtime.progress import Report
 from ..runtime.schedule import schedule
 from . import verify
-from .directory import check_target, producer, put_in_place, write_manifest
+from .directory import check_target, name_leftovers, producer, put_in_place, write_manifest
 from .graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph, ImageEncoderGraph, lean, lean_decoder
 from .tables import OPSET, condition_graph, sampler_graph
 from .trace import Port, trace
@@ -50,6 +50,7 @@ def export_engine(
     chosen = preset(preset_name) if preset_name else None
     settings = Sampling(**{**vars(chosen.sampling if chosen else Sampling()), **(sampling or {})})
     check_target(out, force, (ckpt, vqgan))
+    name_leftovers(out)
     report(f"reading {ckpt}")
     network = load_network(ckpt, heads, encoder_depth, chosen)
     config = network.config

@@ -135,7 +135,7 @@ def misses(result: Comparison, max_divergence: float | None, min_top1: float | N
     if max_divergence is not None and result.divergence > max_divergence:
         found.append(f"divergence {result.divergence:.3g}, expected at most {max_divergence:g}")
     if min_top1 is not None and result.top1 < min_top1:
-        found.append(f"top-1 agreement {result.top1:.2%}, expected at least {min_top1:.2%}")
+        found.append(f"top-1 agreement {result.top1:.6g}, expected at least {min_top1:g}")
     if min_psnr is not None and result.psnr is not None and result.psnr < min_psnr:
         found.append(f"PSNR {result.psnr:.1f} dB, expected at least {min_psnr:g}")
     return found

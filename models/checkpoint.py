@@ -26,8 +26,8 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel and
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """Reads tensors and nothing else, in float32: a file that would run code is refused.
+def read_state_dict(path: Path, unused: str | None = None) -> StateDict:
+    """Reads tensors and nothing else, in float32: a file that would run code is refused. unused: how names begin that are left out.
 
     Raises CheckpointError where the file is missing, truncated, unsafe or holds no state dict, or more than one.
     """
@@ -53,7 +53,8 @@ def read_state_dict(path: Path) -> StateDict:
     except Exception as error:  # torch, zipfile and safetensors each have their own for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint, truncated or of another format ({reason})") from error
-    return float32(bare(unwrapped(state, path)), path)
+    found = bare(unwrapped(state, path))
+    return float32({key: value for key, value in found.items() if unused is None or not key.startswith(unused)}, path)
 
 
 def is_state_dict(found: object) -> bool:
@@ -212,7 +213,7 @@ def load_network(
 
     Raises CheckpointError.
     """
-    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(UNUSED)}
+    state = read_state_dict(path, UNUSED)
     config = config or network_config(state, path, heads, encoder_depth, preset)
     with torch.device("meta"):
         model = Network(config)
@@ -222,7 +223,7 @@ def load_network(
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """An image tokenizer from a checkpoint, float32, ready for inference. Raises CheckpointError."""
-    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(TRAINING)}
+    state = read_state_dict(path, TRAINING)
     config = tokenizer_config(state, path)
     if config.encoder_blocks < 1 or config.decoder_blocks < 1 or any(width % 32 for width in config.channels):
         raise CheckpointError(f"{path}: not a VQGAN of MaskGIT's kind: widths {list(config.channels)} (expected multiples of 32)")

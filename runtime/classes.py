@@ -75,8 +75,11 @@ def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
         if word.casefold() == "all" and not by_name(model, word):
             result += range(model.num_classes)
             continue
-        if "," in word.strip(",") and not by_name(model, word):
-            result += parse_classes(model, [part.strip() for part in word.split(",")])
+        if "," in word and not by_name(model, word):
+            parts = [part.strip() for part in word.split(",")]
+            if not all(parts):
+                raise InputError(f"expected classes with commas between, got {word!r:.100}")
+            result += parse_classes(model, parts)
             continue
         first, dash, last = word.partition("-")
         if dash and first and last and not by_name(model, word) and is_class(model, first) and is_class(model, last):

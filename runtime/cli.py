@@ -55,7 +55,7 @@ MOST_PICTURES = 1_000_000  # of one run, whose record names each
     type=click.Choice(FORMATS),
     help="Of files in a folder; default: png.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder; --out alone is enough.")
+@click.option("--resume", is_flag=True, help="Go on with the run that was interrupted in the folder; --engine and --out are enough.")
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
 @click.option(
     "--replay",
@@ -117,10 +117,10 @@ def main(
     if replay:
         if classes or any(value is not None for value in (num, seed, *settings.values())):
             raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
-        request, theirs = replayed(manifest, earlier, replay, force)
+        request, theirs = replayed(manifest, earlier, replay, force, "--force to use this one")
         columns = columns or theirs
     elif resume and not classes and all(value is None for value in (num, seed, *settings.values())):
-        request = request_of(read_record(out))
+        request, _ = replayed(manifest, read_record(out), out, False, "choose another folder")
     else:
         if resume and seed is None:
             seed = request_of(earlier or read_record(out)).seeds[0]
@@ -197,13 +197,15 @@ def earlier_format(metadata: dict[str, Any]) -> str:
     return name if name in FORMATS else FORMATS[0]
 
 
-def replayed(manifest: Manifest, metadata: dict[str, Any], file: Path, force: bool) -> tuple[Request, int | None]:
-    """The request that made a file, and the columns of its sheet. Raises InputError where another engine made it."""
+def replayed(manifest: Manifest, metadata: dict[str, Any], file: Path, force: bool, otherwise: str) -> tuple[Request, int | None]:
+    """The request that made a file or folder, and the columns of its sheet. Raises InputError where another engine made it, with what
+    to do otherwise.
+    """
     theirs, mine = str(metadata.get("engine")), manifest.hash
     if theirs != mine and not force:
         raise InputError(
             f"{file}: made by the engine {theirs[:12]}…, but {manifest.folder} is {mine[:12]}…; "
-            "name the right one (--engine), or --force to use this one"
+            f"name the right one (--engine), or {otherwise}"
         )
     columns = metadata.get("columns")
     if columns is not None and (not isinstance(columns, int) or columns < 1):

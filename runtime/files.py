@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import secrets
 import sys
@@ -58,18 +57,13 @@ class WholeFile:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Two folders change their names in one moment, so that there is none without either. False where the system does not know that."""
+    """Two folders change their names in one moment, so that there is none without either. False where that cannot be done."""
     if not sys.platform.startswith("linux"):
         return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
-    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    error = ctypes.get_errno()
-    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(error, os.strerror(error), str(one))
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
 
 
 def replace_folder(out: Path, new: Path, old: Path) -> None:

@@ -81,7 +81,7 @@ class Manifest:
     builds: list[Any]
     hash: str
     root: Path
-    stamps: dict[str, Stamp | None] = field(default_factory=dict, compare=False)  # of files as they were when checked
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False)  # of files as they were when checked
 
     def path(self, name: str) -> Path:
         """The path of a file of the engine. Raises EngineError where the engine has no such file."""
@@ -127,9 +127,10 @@ class Manifest:
                 self.check_again(name, entry, False)
 
     def check_again(self, name: str, entry: object, verify: bool) -> None:
-        """Looks at a file again, and into it where it is another one than before. Raises EngineError."""
-        if stamp_of(self.root / name) == self.stamps.get(name):
-            if verify:
+        """Looks at a file again, and into it where it is another one than when it was checked. Raises EngineError."""
+        known = self.stamps.get(name)
+        if known is None or stamp_of(self.root / name) == known:
+            if known is None or verify:
                 check_file(self, name, entry, verify)
             return
         try:
@@ -165,12 +166,13 @@ def read_manifest(folder: Path, verify: bool = False) -> Manifest:
     for last in (False,) * (READINGS - 1) + (True,):
         before = stamp_of(folder / FILE)
         try:
-            return checked_manifest(folder, verify)
+            try:
+                return checked_manifest(folder, verify)
+            except OSError as error:
+                raise EngineError(f"{error.filename or folder}: {reason(error)}") from error
         except EngineError:
             if last or stamp_of(folder / FILE) == before:
                 raise  # else another engine was put in its place meanwhile
-        except OSError as error:
-            raise EngineError(f"{error.filename or folder}: {reason(error)}") from error
     raise AssertionError
 
 
@@ -260,12 +262,14 @@ def check_file(manifest: Manifest, name: str, entry: object, verify: bool) -> No
         raise EngineError(f"{shown}: missing; the manifest lists it with {size} bytes")
     if not path.resolve().is_relative_to(manifest.root):
         raise EngineError(f"{shown}: leads out of the engine directory, to {path.resolve()}")
-    manifest.stamps[name] = stamp_of(path)
+    stamp = stamp_of(path)
     actual_size = path.stat().st_size
     if actual_size != size:
         raise EngineError(f"{shown}: {actual_size} bytes, expected {size}: the file is truncated or from another engine")
     if (verify or size <= HASHED_AT_LOAD) and (actual := sha256(path)) != digest:
         raise EngineError(f"{shown}: sha256 {actual[:16]}…, expected {digest[:16]}…: the file was altered or is from another engine")
+    if stamp:
+        manifest.stamps[name] = stamp
 
 
 class Reader:

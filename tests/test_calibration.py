@@ -389,13 +389,18 @@ def test_a_calibration_of_another_engine(
         {"head": {**head, "ranges": [[*head["ranges"][0][:2], float("nan")]]}},
         {"head": {**head, "harm": ["x"]}},
         {"head": {**head, "harm": {"x": 1.0}}},
+        *(
+            {"head": {**head, "settings": {**head["settings"], **wrong}}}
+            for wrong in ({"images": "8"}, {"method": ["a"]}, {"classes": [None]})
+        ),
         {name: arrays[name][:-1]},
         {name: -arrays[name]},
         {"factors:nothing": arrays[name]},
     ):
         changed = {key: np.array(json.dumps(value)) if key == "head" else value for key, value in damage.items()}
         np.savez(tmp_path / "damaged.npz", **{**arrays, **changed})
-        with pytest.raises(InputError, match=r"damaged\.npz: not a calibration written by enat-export"):
+        with pytest.raises(InputError, match=r"damaged\.npz: (not a calibration written by enat-export|made with the)"):
+            shared_settings(tmp_path / "damaged.npz")
             load_calibration(tmp_path / "damaged.npz", pipe.manifest, SETTINGS, graphs)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a calibration"):

@@ -155,6 +155,7 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
     for name in names:
         assert Path("part", name).read_bytes() == Path("whole", name).read_bytes()
     Path("part", names[2]).unlink()
+    refused(run("--out", "part", "--resume", engine=BUNDLED_ENGINE), "part: made by the engine", "name the right one (--engine)")
     assert run("--out", "part", "--resume").exit_code == 0  # its record says what was asked for
     assert Path("part", names[2]).read_bytes() == Path("whole", names[2]).read_bytes()
     for out, record in (("again", "whole"), ("again 2", "whole/run.json")):

@@ -73,18 +73,6 @@ def test_two_builds_at_once_are_both_listed(trt: Any, engine_copy: Path) -> None
         put_in_manifest(before, builds[0], folder)
 
 
-def test_plans_are_hashed_whenever_they_are_read(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large ones too, and after they were checked: a plan is a program."""
-    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
-    manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
-    plan = choose_build(manifest, HERE).plan("encoder")
-    content = (engine_copy / plan).read_bytes()
-    (engine_copy / plan).write_bytes(bytes(len(content)))
-    build = choose_build(manifest, HERE)  # of the same size
-    with pytest.raises(EngineError, match=r"encoder\.plan: sha256"), manifest.unchanged({plan: build.files[plan]}, verify=True):
-        pass
-
-
 def test_the_key_of_a_build(manifest: Manifest) -> None:
     """Whatever a plan depends on makes another build."""
     base = make_build(manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tensorrt_stand_in import Refits, StandIn
 from test_tensorrt_builds import HERE, listed, make_build
 
 from enat import Pipeline
-from enat.errors import BackendError, InputError
+from enat.errors import BackendError, EngineError, InputError
 from enat.runtime.manifest import read_manifest
 
 
@@ -197,6 +198,21 @@ def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: 
     refits.succeeds = False
     with pytest.raises(BackendError, match=r"decoder\.onnx: TensorRT could not take the weights from it"):
         backend.plans.engine("decoder")
+
+
+def test_plans_are_hashed_when_they_are_read(running: Running, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones too, though they were checked before: a plan is a program."""
+    plans = running.pipeline.backend.plans  # type: ignore[attr-defined]
+    for graph in ("encoder", "decoder"):
+        plan = engine_copy / plans.build.plan(graph)
+        before = plan.stat()
+        plan.write_bytes(plan.read_bytes().replace(graph.encode(), graph.upper().encode()))
+        if graph == "decoder":
+            os.utime(plan, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
+        for _ in range(2):
+            with pytest.raises(EngineError, match=rf"{graph}\.plan: sha256"):
+                plans.engine(graph)
+    assert plans.engine("sampler").name == "sampler"
 
 
 def no_gpu() -> bool:
