@@ -50,7 +50,7 @@ class Run:
         self.summed = 0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "state.pt").exists():
-            state = torch.load(folder / "state.pt", weights_only=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             self.step = state.pop("step")
             for name, part in parts.items():
                 part.load_state_dict(state[name])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from cpp_library import engine_of
 from test_cores import CONTROL_GROUPS, system
 from test_noise import VECTORS
 
 from enat.runtime.backends.cache_folder import cache_folder
 from enat.runtime.cores import allowed_threads
-from enat.runtime.manifest import read_manifest
+from enat.runtime.manifest import FILE, manifest_text, read_manifest
 from enat.runtime.noise import step_noise
 from enat.runtime.pipeline import BUNDLED_ENGINE
 from enat.runtime.schedule import schedule
@@ -66,16 +69,29 @@ def test_threads_that_are_allowed(internals: ctypes.CDLL) -> None:
 def test_the_cache_folder_is_that_of_python(internals: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     internals.test_cache_folder.restype = ctypes.c_char_p
 
-    def found() -> str:
-        return str(internals.test_cache_folder(str(BUNDLED_ENGINE).encode()).decode())
+    def found(engine: Path = BUNDLED_ENGINE) -> str:
+        return str(internals.test_cache_folder(str(engine).encode()).decode())
+
+    def numbers(content: dict[str, Any]) -> None:
+        """Of all sizes, which are written in the same way again; and letters beyond ASCII."""
+        values = np.random.default_rng(0).normal(size=500) * 10.0 ** np.arange(-12, 13).repeat(20)
+        content["calibration"] = {
+            "harm": dict(zip(map(str, range(500)), values.tolist(), strict=True)),
+            "classes": ["é", "\u2028", 1, None],
+        }
 
     manifest = read_manifest(BUNDLED_ENGINE)
+    built = engine_of(tmp_path / "built", numbers)
+    before = read_manifest(built).hash
+    content = json.loads((built / FILE).read_text())
+    (built / FILE).write_bytes(manifest_text({**content, "builds": [{"backend": "other", "files": {}}]}))
     monkeypatch.delenv("ENAT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name in ("HOME", "XDG_CACHE_HOME", "ENAT_CACHE"):  # each goes before those before it
         monkeypatch.setenv(name, str(tmp_path / name))
         assert found() == str(cache_folder(manifest, "kind"))
         assert found().startswith(str(tmp_path / name)) and Path(found()).is_dir()
+    assert read_manifest(built).hash == before and found(built) == str(cache_folder(read_manifest(built), "kind"))  # builds change nothing
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file"))
     assert found() == f"{tmp_path / 'file'}: the cache folder (ENAT_CACHE) cannot be written: Not a directory"

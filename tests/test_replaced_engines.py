@@ -12,12 +12,14 @@ import numpy as np
 import onnx
 import pytest
 from conftest import list_anew
+from cpp_library import done
 
 import enat.runtime.manifest as manifest_module
 from enat import Pipeline
 from enat.errors import EngineError
 from enat.runtime.files import exchange, replace_folder
 from enat.runtime.manifest import manifest_text, read_manifest
+from enat.runtime.pipeline import BUNDLED_ENGINE
 
 BACKENDS = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 
@@ -77,6 +79,42 @@ def test_an_engine_that_is_replaced_while_it_is_read(engine_copy: Path, tmp_path
 
     monkeypatch.setattr(manifest_module, "sha256", swapping)
     assert read_manifest(engine_copy).sampling.steps == 3
+
+
+def test_the_cpp_library_reads_one_engine(plain: Path, tmp_path: Path) -> None:
+    """Whatever is put in its place while it opens it: never a part of one and a part of the other."""
+    engine, other = (Path(shutil.copytree(BUNDLED_ENGINE, tmp_path / name)) for name in ("engine", "other"))
+    graph = onnx.load(other / "decoder.onnx")
+    (bias,) = [one for one in graph.graph.initializer if one.name == "mlm_layer.words.bias"]
+    values = onnx.numpy_helper.to_array(bias)
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.roll(values, 100), bias.name))
+    onnx.save(graph, other / "decoder.onnx")
+    list_anew(other)
+
+    def tokens() -> bytes:
+        done(plain / "enat-run-cpp", "--engine", engine, "--class", "R", "--seed", 1, "--out", tmp_path / "tokens.npy")
+        return (tmp_path / "tokens.npy").read_bytes()
+
+    wanted = {tokens()}
+    replace_folder(engine, other, tmp_path / "old")
+    (tmp_path / "old").rename(other)
+    wanted.add(tokens())
+    assert len(wanted) == 2
+    ended = threading.Event()
+
+    def swap() -> None:
+        while not ended.wait(1):
+            replace_folder(engine, other, tmp_path / "old")
+            (tmp_path / "old").rename(other)
+
+    with ThreadPoolExecutor(1) as pool:
+        swapping = pool.submit(swap)
+        try:
+            found = {tokens() for _ in range(12)}
+        finally:
+            ended.set()
+        swapping.result()
+    assert found <= wanted
 
 
 def test_folders_change_places_in_one_moment(tmp_path: Path) -> None:

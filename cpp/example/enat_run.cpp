@@ -21,6 +21,8 @@
 
 namespace {
 
+constexpr std::size_t most_pictures = 1'000'000;  // of one run
+
 constexpr const char* usage = R"(usage: enat-run-cpp --engine DIR --class CLASS [--class CLASS …] --out FILE
 
   --engine DIR                engine directory
@@ -60,13 +62,19 @@ Number parse(const std::string& option, const std::string& text, Number (*conver
         // std::stoull takes "-1" for a very large number.
         const bool negative = std::is_unsigned_v<Number> && text.find('-') != std::string::npos;
         if (used == text.size() && !negative) return number;
-    } catch (const std::logic_error&) {  // none at all, or too large
+    } catch (const std::out_of_range&) {
+        throw enat::InputError(option + ": " + text + " is too large a number");
+    } catch (const std::logic_error&) {  // none at all
     }
     throw enat::InputError("expected a number for " + option + ", got '" + text + "'");
 }
 
 int whole(const std::string& option, const std::string& text) {
     return parse<int>(option, text, [](const std::string& t, std::size_t* used) { return std::stoi(t, used); });
+}
+
+std::int64_t large(const std::string& option, const std::string& text) {
+    return parse<long long>(option, text, [](const std::string& t, std::size_t* used) { return std::stoll(t, used); });
 }
 
 int at_least_one(const std::string& option, const std::string& text) {
@@ -98,7 +106,7 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
         {"--out", [&](const std::string& text) { result.out = text; }},
         {"--num", [&](const std::string& text) { result.settings.num = whole(option, text); }},
         {"--seed", [&](const std::string& text) { result.settings.seed = unsigned_number(option, text); }},
-        {"--steps", [&](const std::string& text) { result.settings.steps = whole(option, text); }},
+        {"--steps", [&](const std::string& text) { result.settings.steps = large(option, text); }},
         {"--guidance", [&](const std::string& text) { result.settings.guidance = real(option, text); }},
         {"--mask-temperature", [&](const std::string& text) { result.settings.mask_temperature = real(option, text); }},
         {"--sampling-temperature", [&](const std::string& text) { result.settings.sampling_temperature = real(option, text); }},
@@ -155,7 +163,8 @@ class PartialFile {
 public:
     explicit PartialFile(const std::filesystem::path& target) : target_(target), partial_(target) {
         partial_.replace_filename("." + target.filename().string() + "." + std::to_string(getpid()) + ".partial");
-        if (std::filesystem::is_directory(target)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
+        std::error_code ignored;  // of names that no file can have: the next line tells
+        if (std::filesystem::is_directory(target, ignored)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
         if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written");
         std::filesystem::remove(partial_);  // an interrupt while pictures are drawn finds nothing to leave behind
     }
@@ -185,6 +194,9 @@ void run(const Arguments& arguments) {
         return;
     }
     const auto classes = parse_classes(pipeline, arguments.classes);
+    if (classes.size() * static_cast<std::size_t>(std::max(arguments.settings.num, 1)) > most_pictures) {
+        throw enat::InputError("these are too many pictures for one run; expected at most " + std::to_string(most_pictures));
+    }
     const PartialFile file(arguments.out);
     enat::Tokens tokens;
     if (ending == ".png") {
@@ -200,7 +212,8 @@ void run(const Arguments& arguments) {
     if (!arguments.settings.seed) std::cerr << "seed " << tokens.seeds[0] << '\n';
 }
 
-int fail(const std::string& message, int code) {
+int fail(std::string message, int code) {
+    std::replace_if(message.begin(), message.end(), [](unsigned char letter) { return letter < ' ' || letter == 0x7F; }, '?');
     std::cerr << "Error: " << message << '\n';
     return code;
 }

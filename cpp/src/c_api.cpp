@@ -7,6 +7,7 @@
 
 #include "enat/enat.h"
 #include "enat/enat.hpp"
+#include "messages.hpp"
 
 struct enat_pipeline {
     enat::Pipeline pipeline;
@@ -46,7 +47,7 @@ enat_status guarded(Body body) noexcept {
     } catch (const std::bad_alloc&) {
         return failed(ENAT_FAILED, "not enough memory");
     } catch (const std::exception& error) {
-        return failed(ENAT_FAILED, error.what());
+        return failed(ENAT_FAILED, enat::one_line(error.what()).c_str());
     } catch (...) {
         return failed(ENAT_FAILED, "unknown error");
     }
@@ -95,6 +96,8 @@ void fill(enat_images& images, enat::Images&& drawn) {
 }
 
 }  // namespace
+
+const char* enat_version(void) { return enat::version(); }
 
 const char* enat_last_error(void) { return last_error.c_str(); }
 
@@ -185,6 +188,9 @@ enat_status enat_decode(const enat_pipeline* pipeline, const int64_t* tokens, si
         enat::Tokens given;
         given.count = count;
         given.grid = static_cast<std::size_t>(model.grid);
+        if (count > given.values.max_size() / given.grid / given.grid) {
+            throw enat::InputError("expected a count of pictures, got " + std::to_string(count));
+        }
         given.values.assign(tokens, tokens + count * given.grid * given.grid);
         fill(*images, pipeline->pipeline.decode(given));
     });

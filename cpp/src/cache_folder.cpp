@@ -8,11 +8,10 @@
 
 #include "enat/enat.hpp"
 #include "messages.hpp"
-#include "sha256.hpp"
 
 namespace enat {
 
-std::filesystem::path cache_folder(const std::filesystem::path& engine, const std::string& kind) {
+std::filesystem::path cache_folder(const std::string& hash, const std::string& kind) {
     const auto set = [](const char* name) { return std::getenv(name) != nullptr && *std::getenv(name) != '\0'; };
     const bool chosen = std::getenv("ENAT_CACHE") != nullptr;
     std::filesystem::path root;
@@ -24,7 +23,7 @@ std::filesystem::path cache_folder(const std::filesystem::path& engine, const st
         root = std::filesystem::path(std::getenv("HOME")) / ".cache" / "enat";
     }
     if (root.empty()) return {};
-    const std::filesystem::path folder = root / kind / sha256(engine / "manifest.json").substr(0, 16);
+    const std::filesystem::path folder = root / kind / hash.substr(0, 16);
     std::error_code error;
     std::filesystem::create_directories(folder, error);
     if (!error && access(folder.c_str(), W_OK | X_OK) != 0) error.assign(errno, std::generic_category());

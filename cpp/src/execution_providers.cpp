@@ -74,7 +74,7 @@ void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& ma
     Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&created));
     const std::unique_ptr<OrtTensorRTProviderOptionsV2, decltype(api.ReleaseTensorRTProviderOptions)> tensorrt(
         created, api.ReleaseTensorRTProviderOptions);
-    const std::string folder = cache_folder(manifest.folder, "onnxruntime-tensorrt").string(), kept = folder.empty() ? "0" : "1";
+    const std::string folder = cache_folder(manifest.hash, "onnxruntime-tensorrt").string(), kept = folder.empty() ? "0" : "1";
     const std::string half = manifest.float_type == "float16" ? "1" : "0";
     update(api.UpdateTensorRTProviderOptions, tensorrt.get(),
            {{"device_id", std::to_string(index)},

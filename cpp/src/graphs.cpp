@@ -4,6 +4,7 @@
 #include <future>
 #include <iterator>
 #include <map>
+#include <system_error>
 #include <utility>
 
 #include "execution_providers.hpp"
@@ -85,7 +86,7 @@ Ort::Env make_env() {
     return Ort::Env(ORT_LOGGING_LEVEL_FATAL, "enat");  // what it would log as errors, exceptions tell
 }
 
-std::string version() { return std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString(); }
+std::string runtime_version() { return std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString(); }
 
 /// Throws EngineError unless a graph's inputs or outputs hold those of the contract, in their types. Inputs must be no more than those.
 void check_ports(const std::filesystem::path& file, const char* kind, const std::vector<Port>& expected, bool exactly,
@@ -133,7 +134,12 @@ Graphs::Graphs(const Manifest& manifest, const Options& options)
     const auto policy = device.cuda ? std::launch::deferred : std::launch::async;
     std::vector<std::future<Loaded>> loading;
     for (const Graph graph : wanted) {
-        loading.push_back(std::async(policy, [&, graph] { return load(graph, manifest, options); }));
+        const auto work = [&, graph] { return load(graph, manifest, options); };
+        try {
+            loading.push_back(std::async(policy, work));
+        } catch (const std::system_error&) {  // no thread to be had: one after the other
+            loading.push_back(std::async(std::launch::deferred, work));
+        }
     }
     for (auto& graph : loading) graphs_.push_back(graph.get());
 }
@@ -141,11 +147,11 @@ Graphs::Graphs(const Manifest& manifest, const Options& options)
 Graphs::Loaded Graphs::load(Graph graph, const Manifest& manifest, const Options& options) {
     const Contract& expected = contract(graph);
     Loaded loaded;
-    loaded.file = manifest.folder / expected.file;
+    loaded.file = manifest.folder / expected.file;  // for messages
     const Ort::SessionOptions session_options = make_session_options(env_, manifest, options, graph);
     std::map<std::string, ONNXTensorElementDataType> inputs, outputs;
     try {
-        loaded.session = Ort::Session(env_, loaded.file.c_str(), session_options);
+        loaded.session = Ort::Session(env_, (manifest.root / expected.file).c_str(), session_options);
         Ort::AllocatorWithDefaultOptions allocator;
         for (std::size_t i = 0; i < loaded.session.GetInputCount(); ++i) {
             inputs[loaded.session.GetInputNameAllocated(i, allocator).get()] = element_type(loaded.session.GetInputTypeInfo(i));
@@ -154,7 +160,7 @@ Graphs::Loaded Graphs::load(Graph graph, const Manifest& manifest, const Options
             outputs[loaded.session.GetOutputNameAllocated(i, allocator).get()] = element_type(loaded.session.GetOutputTypeInfo(i));
         }
     } catch (const std::exception& error) {  // ONNX Runtime's, and what its libraries throw
-        throw BackendError(enat::shown(loaded.file) + ": " + version() + " cannot load it: " + first_line(error.what()));
+        throw BackendError(enat::shown(loaded.file) + ": " + runtime_version() + " cannot load it: " + first_line(error.what()));
     }
     check_ports(loaded.file, "input", expected.inputs, true, inputs, float_type_);
     check_ports(loaded.file, "output", expected.outputs, false, outputs, float_type_);

@@ -1,5 +1,7 @@
 #include "manifest.hpp"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <fstream>
 #include <iterator>
@@ -21,6 +23,7 @@ namespace {
 
 constexpr std::int64_t newest_version = 1;
 constexpr std::uint64_t hashed_at_load = 64ull << 20;  // bytes; larger files are checked by size alone unless verification is asked for
+constexpr int deepest_written = 100;                   // levels of a manifest that is written again
 constexpr std::int64_t largest_grid = 4096;            // grid² must be a number that memory can hold, and a counter word of the noise
 constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();
 
@@ -91,13 +94,17 @@ private:
     fs::path file_;
 };
 
-Json parse(const fs::path& file) {
+std::string read_text(const fs::path& file) {
     std::ifstream stream(file, std::ios::binary);
     std::ostringstream text;
     text << stream.rdbuf();
     if (!stream) throw EngineError(shown(file) + ": cannot be read");
+    return text.str();
+}
+
+Json parse(const fs::path& file, const std::string& text) {
     try {
-        return Json::parse(text.str());
+        return Json::parse(text);
     } catch (const Json::exception& error) {
         const std::string reason = error.what();  // "[json.exception.parse_error.101] parse error at …"
         const auto start = reason.find("] ");
@@ -148,33 +155,56 @@ bool lies_in(const fs::path& path, const fs::path& folder) {
     return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
 }
 
-/// Throws EngineError unless the file lies inside the directory with the size and hash of its entry.
-void check_file(const Reader& reader, const fs::path& folder, const std::string& name, const Json& entry, bool verify) {
+/// An entry of `files`.
+File read_entry(const Reader& reader, const std::string& name, const Json& entry) {
     const std::string where = "files[" + Json(name).dump(-1, ' ', true) + "]";
     if (name.empty() || !stays_inside(name)) reader.refuse(where, "listed", "a path inside the engine directory");
     if (!entry.is_object()) reader.refuse(where, found(&entry), "an object with size and sha256");
     const std::int64_t size = reader.integer(entry, "size", 0, std::numeric_limits<std::int64_t>::max(), where + " ");
-    const std::string digest = reader.text(entry, "sha256", where + " ");
-    const fs::path path = folder / name;
+    return {size, reader.text(entry, "sha256", where + " "), {}};
+}
+
+/// Throws EngineError unless the file lies inside the directory with the size and hash of its entry. Returns its stamp.
+Stamp check_file(const Manifest& manifest, const std::string& name, const File& entry, bool verify) {
+    const fs::path path = manifest.root / name, said = manifest.folder / name;
     std::error_code error;  // also a name that no file can have
     if (!fs::is_regular_file(path, error)) {
-        throw EngineError(shown(path) + ": missing; the manifest lists it with " + std::to_string(size) + " bytes");
+        throw EngineError(shown(said) + ": missing; the manifest lists it with " + std::to_string(entry.size) + " bytes");
     }
-    if (!lies_in(path, folder)) throw EngineError(shown(path) + ": leads out of the engine directory, to " + shown(fs::canonical(path)));
+    if (!lies_in(path, manifest.root)) {
+        throw EngineError(shown(said) + ": leads out of the engine directory, to " + shown(fs::canonical(path)));
+    }
+    const Stamp stamp = stamp_of(path);
     const auto actual_size = fs::file_size(path);
-    if (actual_size != static_cast<std::uint64_t>(size)) {
-        throw EngineError(shown(path) + ": " + std::to_string(actual_size) + " bytes, expected " + std::to_string(size) +
+    if (actual_size != static_cast<std::uint64_t>(entry.size)) {
+        throw EngineError(shown(said) + ": " + std::to_string(actual_size) + " bytes, expected " + std::to_string(entry.size) +
                           ": the file is truncated or from another engine");
     }
-    if (!verify && actual_size > hashed_at_load) return;
-    if (const std::string actual = sha256(path); actual != digest) {
-        throw EngineError(shown(path) + ": sha256 " + actual.substr(0, 16) + "…, expected " + one_line(digest, 16) +
+    if (!verify && actual_size > hashed_at_load) return stamp;
+    if (const std::string actual = sha256(path); actual != entry.sha256) {
+        throw EngineError(shown(said) + ": sha256 " + actual.substr(0, 16) + "…, expected " + one_line(entry.sha256, 16) +
                           ": the file was altered or is from another engine");
     }
+    return stamp;
+}
+
+/// The hash of manifest.json without what was built from the engine, as the Python runtime writes it.
+std::string identity(const std::string& text, const Json& data) {
+    if (!data.contains("builds")) return sha256_of(text);
+    int deepest = 0;
+    auto ordered = nlohmann::ordered_json::parse(text, [&](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
+        deepest = std::max(deepest, depth);
+        return true;
+    });
+    if (deepest > deepest_written) return sha256_of(text);  // nobody's manifest: writing goes as deep into recursions
+    ordered.erase("builds");
+    return sha256_of(ordered.dump(1) + "\n");
 }
 
 Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
-    const Json data = parse(file);
+    const fs::path root = fs::canonical(folder);
+    const std::string text = read_text(root / file.filename());
+    const Json data = parse(file, text);
     const Reader reader(file);
     if (!data.is_object()) reader.refuse("the manifest", found(&data), "an object");
     const Json* format = reader.get(data, "format");
@@ -186,6 +216,8 @@ Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
     }
     Manifest manifest;
     manifest.folder = folder;
+    manifest.root = root;
+    manifest.hash = identity(text, data);
     manifest.model = read_model(reader, reader.section(data, "model"));
     const Json& sampling = reader.section(data, "sampling");
     manifest.sampling = {reader.integer(sampling, "steps", 1, manifest.model.length()), reader.number(sampling, "cfg_scale"),
@@ -213,8 +245,9 @@ Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
         }
     }
     for (const auto& [name, entry] : files.items()) {
-        check_file(reader, folder, name, entry, verify);
-        manifest.files.insert(name);
+        File listed = read_entry(reader, name, entry);
+        listed.stamp = check_file(manifest, name, listed, verify);
+        manifest.files.emplace(name, std::move(listed));
     }
     return manifest;
 }
@@ -227,6 +260,29 @@ void Manifest::require_images() const {
                           ": this engine has no image decoder and gives tokens only; ask for tokens, or export it again with its tokenizer "
                           "(--vqgan)");
     }
+}
+
+void Manifest::require_unchanged() const {
+    for (const auto& [name, entry] : files) {
+        if (stamp_of(root / name) == entry.stamp) continue;
+        try {
+            check_file(*this, name, entry, /*verify=*/true);  // on some file systems the same file has other numbers each time
+        } catch (const EngineError& error) {
+            throw EngineError(error.what() + std::string("; it was replaced while the engine was loaded"));
+        }
+    }
+}
+
+Stamp stamp_of(const fs::path& file) {
+    struct stat found {};
+    if (stat(file.c_str(), &found) != 0) return {};
+#ifdef __APPLE__
+    const timespec changed = found.st_mtimespec;
+#else
+    const timespec changed = found.st_mtim;
+#endif
+    return std::array<std::int64_t, 4>{static_cast<std::int64_t>(found.st_dev), static_cast<std::int64_t>(found.st_ino),
+                                       static_cast<std::int64_t>(found.st_size), changed.tv_sec * 1'000'000'000LL + changed.tv_nsec};
 }
 
 Manifest read_manifest(const fs::path& folder, bool verify) {

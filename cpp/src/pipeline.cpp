@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <exception>
+#include <memory>
 #include <random>
 #include <string>
 #include <utility>
@@ -8,10 +10,13 @@
 #include "graphs.hpp"
 #include "loop.hpp"
 #include "manifest.hpp"
+#include "messages.hpp"
 #include "schedule.hpp"
 #include "slots.hpp"
 
 namespace enat {
+
+const char* version() noexcept { return ENAT_VERSION; }
 
 Preview::~Preview() = default;
 
@@ -97,8 +102,13 @@ void append(Images& all, Images&& batch) {
 }  // namespace
 
 struct Pipeline::Loaded {
+    /// An engine that is replaced meanwhile is read again.
+    static std::unique_ptr<Loaded> open(const std::filesystem::path& engine, const Options& options);
+
     Loaded(const std::filesystem::path& engine, const Options& options)
-        : slots(options.slots), manifest(read_manifest(engine, options.verify)), graphs(manifest, options) {}
+        : slots(options.slots), manifest(read_manifest(engine, options.verify)), graphs(manifest, options) {
+        manifest.require_unchanged();
+    }
 
     /// Draws batch by batch; `use` is given the tokens [batch, length] of each while the batch's slot is held.
     void draw(const Request& request, const Callback& callback, const Use& use);
@@ -108,6 +118,22 @@ struct Pipeline::Loaded {
     Graphs graphs;
 };
 
+std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::path& engine, const Options& options) {
+    constexpr int readings = 3;
+    for (int reading = 1;; ++reading) {
+        const Stamp before = stamp_of(engine / "manifest.json");
+        try {
+            return std::make_unique<Loaded>(engine, options);
+        } catch (const EngineError&) {
+            if (reading == readings || stamp_of(engine / "manifest.json") == before) throw;
+        } catch (const BackendError&) {
+            if (reading == readings || stamp_of(engine / "manifest.json") == before) throw;
+        } catch (const Ort::Exception& error) {
+            throw BackendError(first_line(error.what()));
+        }
+    }
+}
+
 void Pipeline::Loaded::draw(const Request& request, const Callback& callback, const Use& use) {
     const std::size_t count = request.labels.size(), steps = request.steps.size();
     const std::size_t total = ((count - 1) / request.batch_size + 1) * steps;
@@ -116,21 +142,32 @@ void Pipeline::Loaded::draw(const Request& request, const Callback& callback, co
         const auto last = static_cast<std::ptrdiff_t>(std::min(first + request.batch_size, count));
         const auto start = static_cast<std::ptrdiff_t>(first);
         OnStep on_step;
+        std::exception_ptr theirs;  // what the callback threw
         if (callback) {
             on_step = [&](const Step& step, const std::vector<std::int64_t>& tokens, const std::vector<std::uint8_t>& masked) {
                 const std::size_t number = done + static_cast<std::size_t>(step.index);
-                if (callback(number, total, BatchPreview(manifest, graphs, tokens, masked))) {
-                    throw Stopped("stopped after step " + std::to_string(number + 1) + " of " + std::to_string(total));
+                bool stop = false;
+                try {
+                    stop = callback(number, total, BatchPreview(manifest, graphs, tokens, masked));
+                } catch (...) {
+                    theirs = std::current_exception();
+                    throw;
                 }
+                if (stop) throw Stopped("stopped after step " + std::to_string(number + 1) + " of " + std::to_string(total));
             };
         }
         const Slots::Place place = slots.take();  // for this batch alone: who waits for the next one may use the pipeline meanwhile
-        use(sample(graphs, manifest.model, {request.labels.begin() + start, request.labels.begin() + last},
-                   {request.seeds.begin() + start, request.seeds.begin() + last}, request.steps, on_step));
+        try {
+            use(sample(graphs, manifest.model, {request.labels.begin() + start, request.labels.begin() + last},
+                       {request.seeds.begin() + start, request.seeds.begin() + last}, request.steps, on_step));
+        } catch (const Ort::Exception& error) {  // of tensors that are made for the graphs
+            if (theirs) std::rethrow_exception(theirs);
+            throw BackendError(first_line(error.what()));
+        }
     }
 }
 
-Pipeline::Pipeline(const std::filesystem::path& engine, const Options& options) : loaded_(std::make_unique<Loaded>(engine, options)) {}
+Pipeline::Pipeline(const std::filesystem::path& engine, const Options& options) : loaded_(Loaded::open(engine, options)) {}
 
 Pipeline::Pipeline(Pipeline&&) noexcept = default;
 Pipeline& Pipeline::operator=(Pipeline&&) noexcept = default;
@@ -160,11 +197,13 @@ Tokens Pipeline::generate_tokens(const std::vector<Class>& classes, const Settin
     return all;
 }
 
-Images Pipeline::decode(const Tokens& tokens) const {
+Images Pipeline::decode(const Tokens& tokens, int batch_size) const {
     const Manifest& manifest = loaded_->manifest;
     manifest.require_images();
     const auto grid = static_cast<std::size_t>(manifest.model.grid);
-    if (tokens.count < 1 || tokens.grid != grid || tokens.values.size() != tokens.count * grid * grid) {
+    const std::size_t length = grid * grid;
+    if (batch_size < 1) throw InputError("expected a batch size of 1 or more, got " + std::to_string(batch_size));
+    if (tokens.count < 1 || tokens.grid != grid || tokens.values.size() % length != 0 || tokens.values.size() / length != tokens.count) {
         throw InputError("expected tokens of shape [N, " + std::to_string(grid) + ", " + std::to_string(grid) + "], got " +
                          std::to_string(tokens.values.size()) + " tokens as [" + std::to_string(tokens.count) + ", " +
                          std::to_string(tokens.grid) + ", " + std::to_string(tokens.grid) + "]");
@@ -174,8 +213,18 @@ Images Pipeline::decode(const Tokens& tokens) const {
         throw InputError("expected tokens of 0 to " + std::to_string(manifest.model.codes - 1) + ", got " + std::to_string(*least) +
                          " to " + std::to_string(*most));
     }
-    const Slots::Place place = loaded_->slots.take();
-    Images images = enat::decode(loaded_->graphs, manifest.model, tokens.values);
+    Images images;
+    for (std::size_t first = 0; first < tokens.count; first += static_cast<std::size_t>(batch_size)) {
+        const std::size_t last = std::min(first + static_cast<std::size_t>(batch_size), tokens.count);
+        const auto start = tokens.values.begin();
+        const Slots::Place place = loaded_->slots.take();  // for this batch alone
+        try {
+            append(images, enat::decode(loaded_->graphs, manifest.model,
+                                        {start + static_cast<std::ptrdiff_t>(first * length), start + static_cast<std::ptrdiff_t>(last * length)}));
+        } catch (const Ort::Exception& error) {
+            throw BackendError(first_line(error.what()));
+        }
+    }
     images.tokens.seeds = tokens.seeds;
     return images;
 }

@@ -11,15 +11,17 @@
 
 namespace enat {
 
-std::string sha256(const std::filesystem::path& file) {
-    const std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
-    if (!context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) throw Error("OpenSSL has no SHA-256 here");
-    std::ifstream stream(file, std::ios::binary);
-    std::vector<char> block(1 << 20);
-    while (stream.read(block.data(), static_cast<std::streamsize>(block.size())), stream.gcount() > 0) {
-        EVP_DigestUpdate(context.get(), block.data(), static_cast<std::size_t>(stream.gcount()));
-    }
-    if (!stream.eof()) throw EngineError(shown(file) + ": cannot be read");
+namespace {
+
+using Context = std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)>;
+
+Context begin() {
+    Context context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
+    if (!context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) throw BackendError("OpenSSL has no SHA-256 here");
+    return context;
+}
+
+std::string end(const Context& context) {
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned size = 0;
     EVP_DigestFinal_ex(context.get(), digest, &size);
@@ -29,6 +31,25 @@ std::string sha256(const std::filesystem::path& file) {
         text += "0123456789abcdef"[digest[i] & 15];
     }
     return text;
+}
+
+}  // namespace
+
+std::string sha256_of(const std::string& text) {
+    const Context context = begin();
+    EVP_DigestUpdate(context.get(), text.data(), text.size());
+    return end(context);
+}
+
+std::string sha256(const std::filesystem::path& file) {
+    const Context context = begin();
+    std::ifstream stream(file, std::ios::binary);
+    std::vector<char> block(1 << 20);
+    while (stream.read(block.data(), static_cast<std::streamsize>(block.size())), stream.gcount() > 0) {
+        EVP_DigestUpdate(context.get(), block.data(), static_cast<std::size_t>(stream.gcount()));
+    }
+    if (!stream.eof()) throw EngineError(shown(file) + ": cannot be read");
+    return end(context);
 }
 
 }  // namespace enat

@@ -7,6 +7,7 @@
 
 #include "cache_folder.hpp"
 #include "cores.hpp"
+#include "manifest.hpp"
 #include "noise.hpp"
 #include "schedule.hpp"
 
@@ -57,7 +58,7 @@ EXPORT int test_allowed_threads() { return enat::allowed_threads(); }
 EXPORT const char* test_cache_folder(const char* engine) {
     static std::string found;
     try {
-        found = enat::cache_folder(engine, "kind").string();
+        found = enat::cache_folder(enat::read_manifest(engine).hash, "kind").string();
     } catch (const std::exception& error) {
         found = error.what();
     }

@@ -67,6 +67,8 @@ int main(int count, char** words) {
     FILE* file = fopen(words[2], "wb");
     EXPECT(file != NULL && fwrite(images.tokens, sizeof(int64_t), 128, file) == 128 && fclose(file) == 0);
 
+    EXPECT(enat_decode(pipeline, images.tokens, (size_t)1 << 58, &other) == ENAT_INPUT_ERROR && strstr(enat_last_error(), "got 288230"));
+    EXPECT(strncmp(enat_version(), "0.", 2) == 0);
     EXPECT(enat_decode(pipeline, images.tokens, 2, &other) == ENAT_OK && memcmp(other.pixels, images.pixels, 2 * 64 * 64 * 3) == 0);
     enat_free_images(&other);
     settings.seeds = seeds;

@@ -46,6 +46,8 @@ void test_requests(const enat::Pipeline& pipeline) {
     EXPECT(images.pixels.size() == 4 * images.height * images.width * 3);
     EXPECT((images.tokens.seeds == std::vector<std::uint64_t>{~std::uint64_t{0}, 0, 1, 2}));
     EXPECT(pipeline.decode(images.tokens).pixels == images.pixels);
+    EXPECT(pipeline.decode(images.tokens, 1).pixels == images.pixels);
+    EXPECT(std::string(enat::version()) == ENAT_VERSION);
 
     // The same whatever they are batched with, and by their own seeds.
     settings.batch_size = 3;
@@ -115,6 +117,11 @@ void test_refusals(const enat::Pipeline& pipeline, const std::string& engine) {
     tokens.count = 2;
     EXPECT(throws<enat::InputError>([&] { pipeline.decode(tokens); }, "expected tokens of shape [N, 8, 8]"));
     EXPECT(throws<enat::InputError>([&] { pipeline.decode({}); }, "expected tokens of shape"));
+    enat::Tokens many;
+    many.count = std::size_t{1} << 58;  // 8 · 8 times as many are 0
+    many.grid = 8;
+    EXPECT(throws<enat::InputError>([&] { pipeline.decode(many); }, "expected tokens of shape"));
+    EXPECT(throws<enat::InputError>([&] { pipeline.decode(tokens, 0); }, "batch size of 1 or more, got 0"));
 
     const auto opens = [&](enat::Options options) { enat::Pipeline{engine, options}; };
     enat::Options options;

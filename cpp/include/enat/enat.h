@@ -69,6 +69,10 @@ typedef struct {
     int32_t has_class_names;
 } enat_info;
 
+/* The library's version. One whose first two numbers are others than those of the header has structs of another layout; its file has
+ * another name (libenat.so.0.1), so that a program that is linked does not get it, but one that opens it by hand should look. */
+ENAT_C_API const char* enat_version(void);
+
 /* What the last call on this thread that did not return ENAT_OK had to say; one line, UTF-8. Valid until the thread's next call. */
 ENAT_C_API const char* enat_last_error(void);
 

@@ -16,6 +16,11 @@
 
 namespace enat {
 
+/// The version that a program is compiled for; `version()` is the library's. Libraries of other major or minor numbers have another layout
+/// of what lies in this header, and another name (libenat.so.0.1).
+#define ENAT_VERSION "0.1.0"
+ENAT_API const char* version() noexcept;
+
 // Messages are one line: what was found, what was expected, what to do. All derive from Error; what else may be thrown is
 // std::bad_alloc, and what a callback throws, which passes through.
 
@@ -121,6 +126,7 @@ public:
     /// Throws EngineError for an engine that is incomplete, altered or too new, BackendError where ONNX Runtime cannot load its
     /// graphs, InputError for options out of their range.
     explicit Pipeline(const std::filesystem::path& engine, const Options& options = {});
+    /// What was moved from can be destroyed or assigned to, and nothing else.
     Pipeline(Pipeline&&) noexcept;
     Pipeline& operator=(Pipeline&&) noexcept;
     ~Pipeline();
@@ -132,8 +138,9 @@ public:
     /// Draws tokens alone.
     Tokens generate_tokens(const std::vector<Class>& classes, const Settings& settings = {}) const;
 
-    /// The pictures of tokens.
-    Images decode(const Tokens& tokens) const;
+    /// The pictures of tokens, so many at once. Throws InputError for tokens that are none, EngineError where the engine has no image
+    /// decoder.
+    Images decode(const Tokens& tokens, int batch_size = 8) const;
 
     /// The number of a class. Throws InputError for what is unknown or ambiguous.
     std::int64_t class_index(const Class& wanted) const;
