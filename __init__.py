@@ -10,9 +10,22 @@ from .errors import BackendError, EnatError, EngineError, InputError, Stopped
 
 if TYPE_CHECKING:
     from .runtime.pictures import to_pil
-    from .runtime.pipeline import Pipeline
+    from .runtime.pipeline import Callback, Drawing, Images, Pipeline, Preview, Tokens
 
-__all__ = ["BackendError", "EnatError", "EngineError", "InputError", "Pipeline", "Stopped", "to_pil"]
+__all__ = [
+    "BackendError",
+    "Callback",
+    "Drawing",
+    "EnatError",
+    "EngineError",
+    "Images",
+    "InputError",
+    "Pipeline",
+    "Preview",
+    "Stopped",
+    "Tokens",
+    "to_pil",
+]
 __version__ = "0.1.0"
 
 # ONNX Runtime and OpenVINO tell their makers how they are used, unless told otherwise before they are imported.
@@ -20,13 +33,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Pipeline":
-        from .runtime.pipeline import Pipeline
+if not TYPE_CHECKING:  # where it would let any name pass
 
-        return Pipeline
-    if name == "to_pil":
-        from .runtime.pictures import to_pil
+    def __getattr__(name: str) -> Any:
+        if name == "to_pil":
+            from .runtime.pictures import to_pil
 
-        return to_pil
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return to_pil
+        if name in __all__:
+            from .runtime import pipeline
+
+            return getattr(pipeline, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 
+from .. import __version__
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.command import Command, needs, parse_numbers
@@ -24,6 +26,7 @@ from .report import breakdown, draw_chart, footprints, times, title
 
 COMPARED = ("reference", "reference-bfloat16", "reference-float16", "compile", "compile-bfloat16", "compile-float16")
 PLOTS = (".png", ".svg", ".pdf")
+MOST_AT_ONCE = 65_536  # pictures
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -82,8 +85,8 @@ def main(
         with needs("plot", "--plot"):
             import matplotlib  # noqa: F401
     batches = tuple(dict.fromkeys(parse_numbers("--batch", batch_text)))
-    if min(batches) < 1:
-        raise InputError(f"--batch: expected 1 or more pictures, got {min(batches)}")
+    if min(batches) < 1 or max(batches) > MOST_AT_ONCE:
+        raise InputError(f"--batch: expected 1 to {MOST_AT_ONCE} pictures, got {min(batches) if min(batches) < 1 else max(batches)}")
     compared = tuple(dict.fromkeys(compared))
     pipes = load(engines or (None,), backends, device, threads, tokens)
     first = pipes[0].pipeline
@@ -115,7 +118,9 @@ def main(
     names = [one.name for one in others]
     machine, installed = device_name(device), versions()
     if as_json:
-        head = {"machine": machine, "threads": threads, "versions": installed, "matrix_rate": rate}
+        used = threads or (allowed_threads() if device == "cpu" else None) or os.cpu_count()
+        head = {"format": 1, "enat": __version__, "machine": machine, "device": device, "threads": used, "versions": installed}
+        head |= {"warmup": warmup, "matrix_rate": rate, "engines": [facts(one) for one in pipes]}
         click.echo(json.dumps({**head, "measurements": summaries(found, names), "footprints": summary(taken)}))
     else:
         programs = ", ".join(f"{name} {version}" for name, version in installed.items())
@@ -127,6 +132,18 @@ def main(
         click.echo(f"\nin a process of its own, files and caches warm\n\n{footprints(taken)}")
     if plot:
         draw_chart(found, names, machine, plot)
+
+
+def facts(one: Engine) -> dict[str, Any]:
+    """What an engine is that goes by this name in the measurements."""
+    manifest = one.pipeline.manifest
+    return {
+        "name": one.name,
+        "engine": str(manifest.folder),
+        "hash": manifest.hash,
+        "precision": manifest.precision,
+        "backend": one.pipeline.backend.name,
+    }
 
 
 def load(engines: Sequence[Path | None], backends: Sequence[str], device: str, threads: int | None, tokens: bool) -> list[Engine]:

@@ -268,3 +268,7 @@ def conversion(precision: str, float_type: str | None, options: dict[str, Any], 
     if calibration_file and calibration_file.is_file():
         options = {**shared_settings(calibration_file), **options}
     return Precision(precision, float_type or "fp32"), Settings(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,8 +21,7 @@ class ProgressMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         if parent_phase is None:
             self.outermost = phase_name
             self.bar.close()
-            self.bar = progress_bar(num_steps, "step")
-            self.bar.set_description(f"{self.graph}: {phase_name}")
+            self.bar = progress_bar(num_steps, "step", description=f"{self.graph}: {phase_name}")
 
     def step_complete(self, phase_name: str, step: int) -> bool:
         try:

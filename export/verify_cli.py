@@ -176,3 +176,7 @@ def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: s
     with WholeFile(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:].lower())
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,14 +20,13 @@ from .files import check_writable
 from .manifest import Manifest, read_manifest
 from .outputs import Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, RUN_RECORD, read_metadata
-from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, check_batch_size, image_seeds
+from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, MOST_PICTURES, Pipeline, check_batch_size, image_seeds
 from .progress import progress_bar
 from .schedule import schedule
 
 FILE_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npz", ".npy")
 FORMATS = ("png", "webp", "jpg", "npy")  # of files in a folder
 OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt")  # of files that are none of these, and no folders
-MOST_PICTURES = 1_000_000  # of one run, whose record names each
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -227,3 +226,7 @@ def make_request(manifest: Manifest, classes: tuple[str, ...], num: int, seed: i
         raise InputError(f"{len(chosen) * num} pictures are too many for one run; expected at most {MOST_PICTURES}")
     labels = [label for label in chosen for _ in range(num)]
     return request_for(manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
+
+
+if __name__ == "__main__":
+    main()

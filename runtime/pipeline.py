@@ -6,7 +6,7 @@ import inspect
 import itertools
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsIndex, TypedDict, Unpack
@@ -30,6 +30,7 @@ Seed = SupportsIndex | Iterable[SupportsIndex] | None
 
 BUNDLED_ENGINE = Path(__file__).parent.parent / "demo" / "engine"
 BATCH_SIZE = 8
+MOST_PICTURES = 1_000_000  # of one request, whose records and numbers name each
 
 
 class Preview:
@@ -63,8 +64,8 @@ class Preview:
 
 
 # Called after every step with (step, steps, preview): steps are counted from 0, over all batches. Returning True stops the run. It must
-# not ask the pipeline for other pictures (InputError): the run holds a slot meanwhile, which they might wait for.
-Callback = Callable[[int, int, Preview], bool | None]
+# not ask the pipeline for other pictures (InputError), nor wait for a thread that does: the run holds a slot meanwhile.
+Callback = Callable[[int, int, Preview], bool | np.bool_ | None]
 
 
 class Drawing(TypedDict, total=False):
@@ -73,9 +74,9 @@ class Drawing(TypedDict, total=False):
     num: int
     seed: Seed
     steps: int | None
-    guidance: float | None
-    mask_temperature: float | None
-    sampling_temperature: float | None
+    guidance: float | np.floating[Any] | None
+    mask_temperature: float | np.floating[Any] | None
+    sampling_temperature: float | np.floating[Any] | None
     batch_size: int
     callback: Callback | None
     progress: bool
@@ -143,8 +144,10 @@ class Pipeline:
         """
         return np.concatenate(list(self.stream(classes, **settings)))
 
-    def stream(self, classes: Classes, **settings: Unpack[Drawing]) -> Iterator[Images]:
-        """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once."""
+    def stream(self, classes: Classes, **settings: Unpack[Drawing]) -> Generator[Images, None, None]:
+        """The pictures of `generate`, batch by batch as they are drawn, for more than memory holds. Arguments are checked at once; between
+        batches others may use the pipeline. `close()` ends it early.
+        """
         self.manifest.require_images()
         return (images for (images,) in self.batches(classes, settings, images=True))
 
@@ -178,9 +181,12 @@ class Pipeline:
             raise InputError(f"expected 1 or more images a class, got {num}")
         check_batch_size(batch_size)
         several: Any = classes if is_several(classes) else [classes]
-        labels = [class_index(self.manifest.model, wanted) for wanted in several for _ in range(num)]
+        labels = [class_index(self.manifest.model, wanted) for wanted in itertools.islice(several, MOST_PICTURES + 1)]
         if not labels:
             raise InputError("expected at least one class")
+        if len(labels) * num > MOST_PICTURES:
+            raise InputError(f"{len(labels) * num} pictures are too many for one request; expected at most {MOST_PICTURES}")
+        labels = [label for label in labels for _ in range(num)]
         seeds = image_seeds(chosen["seed"], len(labels))
         return self.draw(labels, seeds, steps, batch_size, images, chosen["callback"], chosen["progress"])
 
@@ -207,6 +213,10 @@ class Pipeline:
                     stop = callback(bar_start + step.index, total, preview)
                 finally:
                     preview.thread = None
+                if not isinstance(stop, bool | np.bool_ | None):
+                    if inspect.iscoroutine(stop):
+                        stop.close()  # Python would warn of it, too
+                    raise InputError(f"expected a callback that returns True, to stop the run, False or None, got {stop!r:.60}")
                 if stop:
                     raise Stopped(f"stopped after step {bar_start + step.index + 1} of {total}")
 

@@ -41,3 +41,7 @@ def main(engine: Path | None, out: Path, gpus: str | None, env: str | None, forc
         env = str(Path(env).absolute())  # of this machine; what is not here may be on the server's
     names = write_repository(engine or BUNDLED_ENGINE, out, Options(gpus=numbers, env=env, **options), force)
     click.echo(f"models {', '.join(names)} in {out}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from enat.benchmarks.footprint import footprint
 from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down
 from enat.benchmarks.torch_contenders import CompiledBackend, Reference, TorchModels, torch_contender
 from enat.errors import BackendError
+from enat.runtime.manifest import read_manifest
 
 Engines = Callable[[str], Path]
 
@@ -49,6 +50,22 @@ def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
     found = figures(bench(*asked, "--compare", "reference", "--compare", "reference-bfloat16", *with_torch(), "--json"))
     names = [f"reference, {precision}" for precision in ("float32", "bfloat16")]
     names += [f"{engine} (fp32), {backend}" for backend in ("onnxruntime", "openvino")]
+    head = {"format", "enat", "machine", "device", "threads", "versions", "warmup", "matrix_rate", "engines", "measurements", "footprints"}
+    assert found.keys() == head and found["format"] == 1 and found["threads"] >= 1
+    assert [one["name"] for one in found["engines"]] == names[2:]
+    assert found["engines"][0] == {
+        "name": names[2],
+        "engine": str(engine),
+        "hash": read_manifest(engine).hash,
+        "precision": "fp32",
+        "backend": "onnxruntime",
+    }
+    assert found["measurements"][0].keys() == {
+        *("name", "batch", "steps", "pictures", "seconds", "median", "pictures_per_second", "graphs", "by_step", "times_faster")
+    }
+    assert found["footprints"][0].keys() == {
+        *("name", "batch", "steps", "pictures", "load", "first", "peak_memory", "memory", "device_memory")
+    }
     measurements = found["measurements"]
     assert [(one["name"], one["batch"], one["steps"]) for one in measurements] == [
         (name, batch, steps) for steps in (2, 4) for batch in (1, 3) for name in names
@@ -167,7 +184,8 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     engine = ["--engine", engines("tiny")]
     refused(bench("--engine", tmp_path / "none"), "not an engine directory")
     refused(bench(*engine, "--batch", "1,x"), "--batch: expected a number, or numbers with commas between, got '1,x'")
-    refused(bench(*engine, "--batch", "4,0"), "--batch: expected 1 or more pictures, got 0")
+    refused(bench(*engine, "--batch", "4,0"), "--batch: expected 1 to 65536 pictures, got 0")
+    refused(bench(*engine, "--batch", 10**12), "--batch: expected 1 to 65536 pictures, got 1000000000000")
     refused(bench(*engine, "--steps", "500"), "500")
     refused(bench(*engine, "--repeats", 0), "expected 0 or more warm-ups and 1 or more repeats, got 1 and 0")
     refused(bench(*engine, "--plot", tmp_path / "chart.txt"), "expected a file that ends in .png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import os
 import platform
@@ -28,7 +29,7 @@ from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
 from enat.runtime.backends import openvino_cache, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
-from enat.runtime.backends.openvino_cpu import CompiledGraphs
+from enat.runtime.backends.openvino_cpu import CompiledGraphs, graph_options
 from enat.runtime.cli import main
 from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import Preview
@@ -93,12 +94,12 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
 def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, graphs: set[str]) -> None:
     """Where the CPU does, which decides what a compiled graph is kept for."""
     with Pipeline.load(precisions[name], "openvino") as engine:
-        compiled = engine.backend.graphs
+        core, manifest = engine.backend.graphs.core, engine.manifest
         found, files = {}, {}
         for has in (False, True):
-            compiled.has_bfloat16 = has
-            found[has] = {graph for graph in GRAPHS if compiled.options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"}
-            files[has] = {graph: compiled.cache.file(graph) for graph in GRAPHS}
+            options = functools.partial(graph_options, manifest.precision, has, None)
+            found[has] = {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"}
+            files[has] = {graph: GraphCache(core, manifest, options).file(graph) for graph in GRAPHS}
     assert found == {False: set(), True: graphs}
     assert {graph for graph in GRAPHS if files[False][graph] != files[True][graph]} == graphs
 

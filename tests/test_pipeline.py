@@ -143,6 +143,8 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
         ({"classes": [1], "guidance": 10**400}, "expected a guidance of 0 to 1e6, got 1000"),
         ({"classes": [1], "guidance_scale": 3}, "unknown setting 'guidance_scale'; expected num, seed, steps, guidance"),
         ({"classes": [1], "images": True}, "unknown setting 'images'"),
+        ({"classes": [1, 2], "num": 10**9}, "2000000000 pictures are too many for one request; expected at most 1000000"),
+        ({"classes": itertools.repeat(1)}, "1000001 pictures are too many for one request"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             pipe.generate_tokens(**arguments)  # type: ignore[arg-type]
@@ -177,6 +179,15 @@ def test_callback(pipe: Pipeline) -> None:
     assert masked == [step.keep for step in pipe.schedule(4)] * 2
     assert np.array_equal(seen[3][2], images[:2])  # the last preview of a batch is the picture
     assert np.array_equal(seen[7][2], images[2:])
+
+
+def test_what_a_callback_returns(pipe: Pipeline) -> None:
+    async def later(step: int, steps: int, preview: Preview) -> None: ...
+
+    for callback, shown in ((later, "<coroutine"), (lambda *_: "no", "'no'"), (lambda *_: np.zeros(2), "array")):
+        with pytest.raises(InputError, match=f"expected a callback that returns True, to stop the run, False or None, got {shown}"):
+            pipe.generate([1], callback=callback)  # type: ignore[arg-type]
+    assert len(pipe.generate([1], callback=lambda *_: np.False_)) == 1
 
 
 def test_a_callback_may_stop_the_run(pipe: Pipeline) -> None:

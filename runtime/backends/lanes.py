@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -53,13 +54,17 @@ class Lanes(Generic[AnyLane]):
         self.holders: set[int] = set()  # threads
         self.waiting: deque[Future[AnyLane | None]] = deque()
         self.closed = False
+        self.process = os.getpid()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[AnyLane]:
         """A lane for the time of a `with` block; waits while all are taken.
 
-        Raises BackendError once the lanes are closed, InputError for a thread that has one already and might wait for itself.
+        Raises BackendError once the lanes are closed, or in a process that was forked while they were in use, InputError for a thread
+        that has one already and might wait for itself.
         """
+        if self.process != os.getpid():
+            self.enter_process()
         thread = threading.get_ident()
         if thread in self.holders:
             raise InputError("a callback must not ask its pipeline for other pictures: the batch being drawn holds the slot")
@@ -76,6 +81,12 @@ class Lanes(Generic[AnyLane]):
         finally:
             self.holders.discard(thread)
             self.end(turn, lane)
+
+    def enter_process(self) -> None:
+        """In a process that was forked: threads that hold lanes are not in it, and would never give them back."""
+        if self.holders or self.lock.locked():
+            raise BackendError("the pipeline was drawing when this process was forked; load it here, or start processes by spawn")
+        self.process = os.getpid()
 
     def ask(self, turn: Future[AnyLane | None]) -> None:
         """Has the turn get a lane, now or when it is its turn. Raises BackendError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,16 @@ def wants_bfloat16(precision: str, graph: str) -> bool:
     return precision == "fp16" or (precision == "int8" and graph == "decoder")
 
 
+def graph_options(precision: str, has_bfloat16: bool, threads: int | None, graph: str) -> dict[str, Any]:
+    """OpenVINO's, to run a graph with."""
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
+    if threads:
+        # By itself OpenVINO binds threads to the machine's first cores: those of all processes that use some of them.
+        options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    bfloat16 = has_bfloat16 and wants_bfloat16(precision, graph)
+    return options | {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
+
+
 class CompiledGraphs:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs."""
 
@@ -46,19 +57,12 @@ class CompiledGraphs:
         self.has_bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if too_wide(manifest, lambda: int8_saturates(self.core)):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
-        self.shared_options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
-        if threads:
-            # By itself OpenVINO binds threads to the machine's first cores: those of all processes that use some of them.
-            self.shared_options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+        # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
+        self.options = functools.partial(graph_options, manifest.precision, self.has_bfloat16, threads)
         self.cache = GraphCache(self.core, manifest, self.options)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
-
-    def options(self, graph: str) -> dict[str, Any]:
-        """OpenVINO's, to run a graph with."""
-        bfloat16 = self.has_bfloat16 and wants_bfloat16(self.manifest.precision, graph)
-        return {**self.shared_options, "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
 
     def load(self, graph: str) -> Future[CompiledGraph]:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
