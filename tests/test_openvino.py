@@ -27,7 +27,7 @@ from openvino import opset13 as ops
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
-from enat.runtime.backends import openvino_cache, openvino_graphs
+from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import CompiledGraphs, graph_options
 from enat.runtime.cli import main
@@ -301,6 +301,20 @@ def test_pages_of_the_cache_are_given_back(openvino: Pipeline) -> None:
         elif inside and words[0] in ("Size:", "Rss:"):
             size, resident = size + int(words[1]) * (words[0] == "Size:"), resident + int(words[1]) * (words[0] == "Rss:")
     assert 4 * resident < size
+
+
+@pytest.mark.skipif(not openvino_cpu.MALLOC_TRIM, reason="no glibc")
+def test_memory_between_batches_is_given_back(openvino: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in a while."""
+    given: list[int] = []
+    monkeypatch.setattr(openvino_cpu, "MALLOC_TRIM", given.append)
+    openvino.generate([1], seed=0)
+    openvino.generate([1], seed=0)
+    assert len(given) <= 1
+    monkeypatch.setattr(openvino_cpu, "TRIM_SECONDS", 0)
+    given.clear()
+    openvino.generate([1, 2, 3], seed=0, batch_size=1)
+    assert given == [0, 0, 0]
 
 
 def test_closed_while_in_use(cache: Path) -> None:

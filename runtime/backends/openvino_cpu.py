@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,10 @@ from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
 
 FIRST, FOLLOWING = "condition", ("decoder", "sampler", "encoder", "image_decoder")  # what a batch of pictures runs, in this order
+
+
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+TRIM_SECONDS = 1.0
 
 
 def int8_saturates(core: ov.Core) -> bool:
@@ -102,6 +110,22 @@ class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
         self.device = device
         self.graphs = graphs = CompiledGraphs(manifest, threads)
         self.lanes = Lanes(lambda: OpenVinoLane(graphs), slots, graphs.close)
+        self.trimmed = 0.0  # when, by the monotonic clock
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[OpenVinoLane]:
+        with super().lease() as lane:
+            yield lane
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Gives the system what batches of other sizes have left between what is in use: glibc keeps it, and more with every new size.
+        At most once in a while, as it takes milliseconds.
+        """
+        now = time.monotonic()
+        if MALLOC_TRIM and now - self.trimmed > TRIM_SECONDS:
+            self.trimmed = now
+            MALLOC_TRIM(0)
 
 
 class OpenVinoLane(NumpyLane):
