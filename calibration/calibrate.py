@@ -31,7 +31,8 @@ from .statistics import METHODS, Statistic
 from .tapped import watch_runs
 from .trajectory import Trajectory
 
-# What NumPy, zipfile (NotImplementedError: a method that no zip has) and zlib raise for a file that is cut off, altered or something else.
+# What NumPy, zipfile (NotImplementedError: a method that no zip has) and zlib raise for a file that is cut off, altered or none of enat's;
+# and what comes of JSON that is other than it should be.
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 LEAST_IMAGES = 8

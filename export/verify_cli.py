@@ -61,10 +61,12 @@ def main(
     Along the trajectories that float32 draws, so that both see the same tokens; and left to itself, at the same seeds.
     """
     check_batch_size(batch_size)
-    for option, limit, most in (("--max-divergence", max_divergence, inf), ("--min-top1", min_top1, 1), ("--min-psnr", min_psnr, inf)):
-        if (limit is not None and not 0 <= limit <= most) or limit == inf:
-            share = f" (did you mean {limit / 100:g}?)" if most == 1 and limit is not None and 1 < limit <= 100 else ""
-            raise InputError(f"{option}: expected a number of 0 {'to 1' if most == 1 else 'or more'}, got {limit}{share}")
+    for option, limit in (("--max-divergence", max_divergence), ("--min-psnr", min_psnr)):
+        if limit is not None and not 0 <= limit < inf:
+            raise InputError(f"{option}: expected a number of 0 or more, got {limit}")
+    if min_top1 is not None and not 0 <= min_top1 <= 1:
+        share = f" (did you mean {min_top1 / 100:g}?)" if 1 < min_top1 <= 100 else ""
+        raise InputError(f"--min-top1: expected a number of 0 to 1, got {min_top1}{share}")
     for file, suffixes in ((sheet_file, IMAGE_SUFFIXES), (plot, (".png", ".svg", ".pdf"))):
         if file and file.suffix.lower() not in suffixes:
             raise InputError(f"{file}: expected a file that ends in {', '.join(suffixes)}")

@@ -20,7 +20,7 @@ from .files import check_writable
 from .manifest import Manifest, read_manifest
 from .outputs import Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, RUN_RECORD, read_metadata
-from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, MOST_PICTURES, Pipeline, check_batch_size, image_seeds
+from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, check_batch_size, check_count, image_seeds
 from .progress import progress_bar
 from .schedule import schedule
 
@@ -222,8 +222,7 @@ def make_request(manifest: Manifest, classes: tuple[str, ...], num: int, seed: i
     if num < 1:
         raise InputError(f"expected 1 or more pictures a class, got {num}")
     chosen = parse_classes(manifest.model, classes)
-    if len(chosen) * num > MOST_PICTURES:
-        raise InputError(f"{len(chosen) * num} pictures are too many for one run; expected at most {MOST_PICTURES}")
+    check_count(len(chosen) * num, "run")
     labels = [label for label in chosen for _ in range(num)]
     return request_for(manifest.sampling, labels, image_seeds(seed, len(labels)), settings)
 

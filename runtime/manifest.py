@@ -20,6 +20,7 @@ HASHED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked by size alone unl
 
 REQUIRED_GRAPHS = ("condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx")
 IMAGE_GRAPHS = ("image_decoder.onnx", "image_encoder.onnx")
+ALL_GRAPHS = (*REQUIRED_GRAPHS, *IMAGE_GRAPHS)
 
 Entries = Mapping[str, Any]  # path in the engine directory → size and sha256
 Stamp = tuple[int, int, int, int]  # device, inode, bytes, time of the last change in nanoseconds: another one is another file
@@ -102,8 +103,7 @@ class Manifest:
 
     def files_of(self, graph: str) -> list[str]:
         """The files that a graph ("encoder", …) may read: its own, and those that no graph's name begins."""
-        graphs = (*REQUIRED_GRAPHS, *IMAGE_GRAPHS)
-        return [name for name in self.files if name.startswith(f"{graph}.onnx") or not name.startswith(graphs)]
+        return [name for name in self.files if name.startswith(f"{graph}.onnx") or not name.startswith(ALL_GRAPHS)]
 
     @contextlib.contextmanager
     def reading(self, graph: str, verify: bool = False) -> Iterator[Path]:

@@ -184,8 +184,7 @@ class Pipeline:
         labels = [class_index(self.manifest.model, wanted) for wanted in itertools.islice(several, MOST_PICTURES + 1)]
         if not labels:
             raise InputError("expected at least one class")
-        if len(labels) * num > MOST_PICTURES:
-            raise InputError(f"{len(labels) * num} pictures are too many for one request; expected at most {MOST_PICTURES}")
+        check_count(len(labels) * num, "request")
         labels = [label for label in labels for _ in range(num)]
         seeds = image_seeds(chosen["seed"], len(labels))
         return self.draw(labels, seeds, steps, batch_size, images, chosen["callback"], chosen["progress"])
@@ -269,6 +268,11 @@ class Pipeline:
             with self.backend.lease() as lane:
                 results += lane.compute(None, chosen, lambda inputs: lane.run(graph, inputs))
         return np.concatenate(results)
+
+
+def check_count(pictures: int, of: str) -> None:
+    if pictures > MOST_PICTURES:
+        raise InputError(f"{pictures} pictures are too many for one {of}; expected at most {MOST_PICTURES}")
 
 
 def check_batch_size(value: int) -> None:

@@ -15,7 +15,7 @@ from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.builds import read_builds
 from ..runtime.files import replace_folder
-from ..runtime.manifest import FILE, IMAGE_GRAPHS, REQUIRED_GRAPHS, SETTINGS, Manifest, read_manifest
+from ..runtime.manifest import ALL_GRAPHS, FILE, SETTINGS, Manifest, read_manifest
 from .config import Word, parameters, pbtxt
 from .graphs import graph_configs
 
@@ -113,7 +113,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
             raise InputError(f"{out / name}: exists; --force replaces it")
         if (out / name).exists() and not (out / name / CONFIG).is_file():
             raise InputError(f"{out / name}: exists and is not a model; it is not replaced, remove it yourself or choose another --name")
-    for kind in ("png", *(Path(graph).stem for graph in (*REQUIRED_GRAPHS, *IMAGE_GRAPHS))):
+    for kind in ("png", *(Path(graph).stem for graph in ALL_GRAPHS)):
         left = out / f"{options.name}_{kind}"
         if left.name not in names and (left / CONFIG).is_file():
             raise InputError(f"{left}: would stay, and serve an earlier engine beside this one; remove it, or write it anew too")

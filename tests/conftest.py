@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tensorrt_stand_in import import_tensorrt
 
 from enat import Pipeline
-from enat.runtime.manifest import FILE, Manifest, file_entries, manifest_text, read_manifest
+from enat.export.directory import write_manifest
+from enat.runtime.manifest import FILE, Manifest, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 # Machines may be slow at times, for drawing examples too; and fixtures of one test serve all of its examples.
@@ -159,8 +160,7 @@ def trt() -> Any:
 
 def list_anew(engine: Path) -> Path:
     """Has the manifest list the files as they are now."""
-    content = json.loads((engine / FILE).read_text())
-    (engine / FILE).write_bytes(manifest_text({**content, "files": file_entries(engine)}))
+    write_manifest(engine, json.loads((engine / FILE).read_text()))
     return engine
 
 

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import Result
-from conftest import Make, invoke, read_golden, refused
+from conftest import Make, invoke, list_anew, read_golden, refused
 
 from enat import Pipeline
 from enat.calibration.calibrate import Settings
@@ -126,7 +126,7 @@ def exploding(engine: Path, layer: str, factor: float, back: str | None) -> None
         assert tensor is not None
         changed[name] = tensor.numpy() * np.float32(scale)
     save(with_initializers(graphs["encoder"], changed), engine / "encoder.onnx")
-    write_manifest(engine, json.loads((engine / FILE).read_text()))
+    list_anew(engine)
 
 
 def test_what_overflows_stays_float32(engine_copy: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_class_whose_modulation_overflows_is_found(engine_copy: Path, tmp_path
     values = table.numpy().copy()
     values[9] *= 1e6
     save(with_initializers(model, {"decoder_modulation_table": values}), engine_copy / "condition.onnx")
-    write_manifest(engine_copy, json.loads((engine_copy / FILE).read_text()))
+    list_anew(engine_copy)
     settings = Settings(classes=("0-3",), images=8)
     with pytest.raises(ExportError, match=r"decoder_modulation reaches .*, too much for float16"):
         convert_engine(engine_copy, tmp_path / "fp16", Precision("fp16"), settings)

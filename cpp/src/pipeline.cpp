@@ -124,9 +124,7 @@ std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::
         const Stamp before = stamp_of(engine / "manifest.json");
         try {
             return std::make_unique<Loaded>(engine, options);
-        } catch (const EngineError&) {
-            if (reading == readings || stamp_of(engine / "manifest.json") == before) throw;
-        } catch (const BackendError&) {
+        } catch (const Error&) {
             if (reading == readings || stamp_of(engine / "manifest.json") == before) throw;
         } catch (const Ort::Exception& error) {
             throw BackendError(first_line(error.what()));
