@@ -1,5 +1,5 @@
 """The reference that everything is compared with: the network in eager PyTorch, run the way the published code runs it, on the
-device that is PyTorch's default.
+network's device.
 
 Explicit attention; the modulations and the logits of all positions computed anew at every step; the two guidance branches one after
 the other; nothing cached, nothing fused. It must be neither slowed nor helped.
@@ -56,7 +56,7 @@ def run_network(network: Network, ids: Tensor, labels: Tensor, previous: Branch 
     config = network.config
     batch, length = ids.shape
     condition = network.y_embedder(labels)
-    x = network.x_embedder(ids, torch.arange(length)[None])
+    x = network.x_embedder(ids, torch.arange(length, device=ids.device)[None])
 
     def pick(grid: Tensor, which: Tensor) -> Tensor:
         return grid[which].view(batch, -1, config.dim)
@@ -90,9 +90,10 @@ def generate_tokens(network: Network, labels: Sequence[int], steps: Sequence[Ste
     config = network.config
     torch.manual_seed(seed)
     batch, length = len(labels), config.length
-    conditional = torch.tensor(labels)
+    device = network.x_embedder.word_embeddings.weight.device
+    conditional = torch.tensor(labels, device=device)
     null = torch.full_like(conditional, config.null_class)
-    ids = torch.full((batch, length), config.mask_token)
+    ids = torch.full((batch, length), config.mask_token, device=device)
     branch = null_branch = None
     for step in steps:
         logits, branch = run_network(network, ids, conditional, branch)
@@ -103,7 +104,7 @@ def generate_tokens(network: Network, labels: Sequence[int], steps: Sequence[Ste
         sampled = torch.distributions.Categorical(logits=logp / step.sampling_temperature).sample()
         is_masked = ids == config.mask_token
         sampled = torch.where(is_masked, sampled, ids)
-        gumbel = -(-torch.rand(batch, length).clamp(1e-9, 1 - 1e-7).log()).log()
+        gumbel = -(-torch.rand(batch, length, device=device).clamp(1e-9, 1 - 1e-7).log()).log()
         confidence = logp.gather(2, sampled[..., None]).squeeze(2) + step.mask_temperature * gumbel
         confidence = torch.where(is_masked, confidence, math.inf)
         stay = confidence.argsort(1)[:, : step.keep]

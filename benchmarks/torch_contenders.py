@@ -56,7 +56,7 @@ class Reference:
 
     def draw(self, case: Case) -> Tensor:
         models = self.models
-        with models.device, models.precision(self.dtype), torch.inference_mode():
+        with models.precision(self.dtype), torch.inference_mode():
             tokens = generate_tokens(models.network, case.labels(models.network.config.num_classes), self.schedule(case.steps))
             if not case.pictures:
                 return tokens.cpu()
@@ -86,14 +86,16 @@ class CompiledBackend:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[CompiledBackend]:
-        with torch.inference_mode(), self.models.precision(self.dtype), self.models.device:
+        with torch.inference_mode(), self.models.precision(self.dtype):
             yield self
 
     def close(self) -> None:
         self.graphs.clear()
 
     def upload(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.models.device)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        # The network's weights are float32, whatever the engine's are.
+        return tensor.to(self.models.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def download(self, tensor: Tensor) -> Array:
         return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy())  # NumPy has no bfloat16

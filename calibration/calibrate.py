@@ -24,7 +24,7 @@ from ..runtime.pipeline import image_seeds
 from ..runtime.progress import Report, progress_bar
 from ..runtime.schedule import Step
 from .products import GRAPHS, NETWORK, Graphs, Group, find_groups, find_products, multiply_adds
-from .quantize import WEIGHT_LIMITS, quantize, quantize_tables
+from .quantize import WEIGHT_LIMITS, quantize, quantize_tables, shuffle_levels
 from .sensitivity import SwitchedLane, harms, keep_float
 from .smooth import ALPHA, Factors, factors, foldable, smooth
 from .statistics import METHODS, Statistic
@@ -175,6 +175,8 @@ def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibratio
         kept = named_groups(every, settings.float_layers)
     smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in every if g.name in calibration.factors], manifest.model)
     result = quantize(smoothed, [group for group in groups if group not in kept], calibration.ranges, settings.weight_bits)
+    for model in result.values():
+        shuffle_levels(model)
     if settings.modulation == "int8":
         result["condition"] = quantize_tables(smoothed["condition"])
     return smoothed, result

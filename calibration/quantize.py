@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .products import Graphs, Group, Product
+from .products import Graphs, Group, Product, fixed
 from .smooth import array
 
 ZERO_POINT = 128
@@ -65,7 +65,8 @@ def quantized_value(graph: ir.Graph, value: ir.Value, limit: float) -> ir.Value:
     producer = value.producer()
     assert producer is not None
     smallest = float(np.finfo(np.float32).tiny)
-    scale = constant(graph, f"{value.name}_scale", np.float32(max(limit / INPUT_LIMIT, smallest)))
+    step = max(limit / INPUT_LIMIT, smallest) if limit else 1.0  # of what was always 0, float16 holds no other
+    scale = constant(graph, f"{value.name}_scale", np.float32(step))
     zero = constant(graph, f"{value.name}_zero_point", np.uint8(ZERO_POINT))
     q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}_quantize")
     dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{value.name}_dequantize")
@@ -94,6 +95,55 @@ def quantize_channels(weights: Floats, axis: int, limit: int) -> tuple[NDArray[n
     scales = np.where(magnitudes > 0, magnitudes / limit, 1).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weights.ndim)]
     return np.clip(np.rint(weights / scales.reshape(shape)), -limit, limit).astype(np.int8), scales
+
+
+def shuffle_levels(model: ir.Model) -> None:
+    """Blocks of pixels behind an 8-bit convolution (DepthToSpace) are put in their places, and cut (Slice), before they are floats again,
+    all channels of a pixel in one piece: ONNX Runtime's DepthToSpace moves them one by one, in one thread.
+    """
+    graph = model.graph
+    for node in list(graph):
+        value = node.inputs[0] if node.op_type == "DepthToSpace" else None
+        dequantize = value.producer() if value is not None else None
+        if value is None or dequantize is None or dequantize.op_type != "DequantizeLinear" or len(value.uses()) > 1:
+            continue
+        assert value.shape is not None and node.attributes.get_string("mode", "DCR") == "DCR"
+        channels, height, width = (fixed(size) for size in value.shape[1:])
+        block = node.attributes["blocksize"].as_int()
+        kept = channels // block**2
+        levels = dequantize.inputs[0]
+        for number, (operator, numbers) in enumerate(
+            (
+                ("Transpose", [0, 2, 3, 1]),
+                ("Reshape", [0, height, width, block, block, kept]),  # 0: as it was
+                ("Transpose", [0, 1, 3, 2, 4, 5]),
+                ("Reshape", [0, block * height, block * width, kept]),
+                ("Transpose", [0, 3, 1, 2]),
+            )
+        ):
+            assert levels is not None and levels.shape is not None and levels.dtype is not None
+            name = f"{node.name}_move_{number}"
+            if operator == "Transpose":
+                move, shape = ir.node(operator, [levels], {"perm": numbers}, name=name), [levels.shape[axis] for axis in numbers]
+            else:
+                sizes = constant(graph, f"{name}_shape", np.array(numbers, np.int64))
+                move, shape = ir.node(operator, [levels, sizes], name=name), [levels.shape[0], *numbers[1:]]
+            describe(move, name, ir.Shape(shape), levels.dtype)
+            graph.insert_before(node, move)
+            levels = move.outputs[0]
+        users = list(node.outputs[0].uses())
+        if len(users) == 1 and users[0].node.op_type == "Slice":
+            move = users[0].node
+            move.replace_input_with(0, levels)
+            move.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+            users = list(move.outputs[0].uses())
+        dequantize.replace_input_with(0, move.outputs[0])
+        dequantize.outputs[0].shape = move.outputs[0].shape
+        for user, index in users:
+            user.replace_input_with(index, dequantize.outputs[0])
+        graph.remove(node, safe=True)
+        graph.remove(dequantize)
+        graph.insert_after(move, dequantize)
 
 
 def quantize_tables(condition: ir.Model) -> ir.Model:

@@ -76,9 +76,12 @@ def smooth(graphs: Graphs, chosen: list[Factors], model: ModelInfo) -> Graphs:
             for part in ("weight", "bias"):
                 edit(graph, f"{NORMS[layer]}.{part}")[...] /= values
         elif layer.endswith("attn.proj"):
+            constants = graphs[graph].graph.initializers
             for source in ("own_value", "context_value"):
                 for part in ("weight", "bias"):  # [inputs, outputs] and [outputs]
-                    edit(graph, f"{layer.removesuffix('proj')}{source}.{part}")[...] /= values
+                    name = f"{layer.removesuffix('proj')}{source}.{part}"
+                    if name in constants:  # nothing is added to the context's values
+                        edit(graph, name)[...] /= values
         else:
             _, number, *rest = layer.split(".")
             block = int(number) - (model.encoder_depth if graph == "decoder" else 0)

@@ -17,17 +17,24 @@ from ..models.tokenizer import Tokenizer, Upsample, to_uint8
 
 
 class LeanAttention(nn.Module):
-    """Attention with less to do at run time: products for keys and for values are apart, so that nothing is cut in two, and the
-    scale head_dim^-0.5 is in the query's weights."""
+    """Attention with less to do at run time: products for keys and for values are apart, so that nothing is cut in two; the scale
+    head_dim^-0.5 is in the query's weights; and to the context's keys and values nothing is added. What all keys have in common, softmax
+    does not see, and what all values have in common, comes out of it as it is: own tokens get the difference, and `proj` the rest.
+    """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.split_heads = attention.split_heads
+        proj = attention.proj
+        own: nn.Linear = attention.kv["B"]  # type: ignore[assignment]
+        context: nn.Linear = attention.kv["A"]  # type: ignore[assignment]
         scale = (attention.q.out_features // attention.heads) ** -0.5
         self.q = linear(attention.q.weight * scale, attention.q.bias * scale)
-        self.own_key, self.own_value = halves(attention.kv["B"])
-        self.context_key, self.context_value = halves(attention.kv["A"])
-        self.proj = attention.proj
+        (own_key, own_value), (key, value) = own.weight.chunk(2), context.weight.chunk(2)
+        (own_key_bias, own_value_bias), (_, value_bias) = (own.bias - context.bias).chunk(2), context.bias.chunk(2)
+        self.own_key, self.own_value = linear(own_key, own_key_bias), linear(own_value, own_value_bias)
+        self.context_key, self.context_value = linear(key), linear(value)
+        self.proj = linear(proj.weight, proj.bias + proj.weight @ value_bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         key = torch.cat((self.context_key(y), self.own_key(x)), dim=1)
@@ -37,16 +44,12 @@ class LeanAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    result = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    result.weight, result.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    result = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    result.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        result.bias = nn.Parameter(bias, requires_grad=False)
     return result
-
-
-def halves(both: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """A Linear(D → 2D) as two of D → D, on the same memory."""
-    first, second = map(linear, both.weight.chunk(2), both.bias.chunk(2))  # type: ignore[operator, union-attr, arg-type]
-    return first, second
 
 
 class LeanHead(nn.Module):

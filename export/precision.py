@@ -23,6 +23,7 @@ CONDITION_FLOAT32_OPS = ("Cast", "Mul", "Add")
 # A value whose largest magnitude lies outside stays float32: a quarter of float16's range, so that other pictures fit too, and
 # upwards of where float16 has fewer digits for it than for others.
 LARGEST, SMALLEST = 65504 / 4, 2.0**-14
+SMALLEST_SCALE = 2.0**-20  # of 8-bit weights: of smaller ones float16 keeps too few digits, or none
 
 
 def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collection[str] = FLOAT32_OPS) -> ir.Model:
@@ -32,6 +33,9 @@ def to_float16(model: ir.Model, wide: Collection[str] = (), float32_ops: Collect
     narrow, full = ir.DataType.FLOAT16, ir.DataType.FLOAT
     casts: dict[tuple[str, ir.DataType], ir.Value] = {}
     kept = float32_nodes(graph, set(wide), set(float32_ops))
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and node not in kept:
+            widen_scales(node)
     for port in graph.inputs:
         if port.dtype == full:
             port.type = ir.TensorType(narrow)
@@ -107,6 +111,19 @@ def dequantizes_wide(node: ir.Node, wide: set[str]) -> bool:
         return out_of_range(float(np.abs(scale.const_value.numpy()).max()) * np.iinfo(np.int8).max)
     quantize = levels.producer()
     return quantize is not None and quantize.inputs[0] is not None and quantize.inputs[0].name in wide
+
+
+def widen_scales(node: ir.Node) -> None:
+    """Gives 8-bit weights of channels that are next to nothing a scale that float16 holds, and the levels that go with it."""
+    levels, scales = node.inputs[:2]
+    assert levels is not None and scales is not None
+    if levels.const_value is None or scales.const_value is None or (old := scales.const_value.numpy()).min() >= SMALLEST_SCALE:
+        return
+    new = np.maximum(old, np.float32(SMALLEST_SCALE))
+    shape = [-1 if axis == node.attributes.get_int("axis", 1) else 1 for axis in range(levels.const_value.numpy().ndim)]
+    weights = levels.const_value.numpy() * (old / new).reshape(shape)
+    levels.const_value = ir.tensor(np.rint(weights).astype(np.int8), name=levels.name)
+    scales.const_value = ir.tensor(new, name=scales.name)
 
 
 def too_wide(value: ir.Value) -> bool:

@@ -39,9 +39,9 @@ def graph_profiles(
         for batch, step in itertools.product(batches, schedule(length, number, 1.0, 1.0, 1.0)):
             rows = guided(batch) if step.index else batch
             if step.index:
-                encoder.append(encoder_profile(model, batch, rows, exactly(step.new), exactly(step.seen), modulation))
-            decoder.append(decoder_profile(model, batch, rows, exactly(step.masked), exactly(step.visible), modulation))
-            sampler.append(sampler_profile(model, batch, rows, exactly(step.masked), exactly(step.keep)))
+                encoder.append(encoder_profile(model, batch, rows, count(step.new), count(step.seen), modulation))
+            decoder.append(decoder_profile(model, batch, rows, count(step.masked), count(step.visible), modulation))
+            sampler.append(sampler_profile(model, batch, rows, count(step.masked), count(step.keep)))
     batch = batches[0][0], batches[0][1], batches[-1][2]
     rows = guided(batch)
     encoder.append(encoder_profile(model, batch, rows, (0, max(1, length // 8), length), anything, modulation))
@@ -99,6 +99,11 @@ def guided(batch: Range) -> Range:
 
 def exactly(size: int) -> Range:
     return size, size, size
+
+
+def count(tokens: int) -> Range:
+    """Exactly so many tokens; none is tuned for one, as a size that is 0 throughout a profile may be more than the builder can time."""
+    return exactly(tokens) if tokens else (0, 1, 1)
 
 
 def profile(**inputs: Sequence[Range]) -> Profile:

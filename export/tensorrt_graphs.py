@@ -17,7 +17,7 @@ from .tables import condition_graph
 def prepare(manifest: Manifest, graph: str, folder: Path) -> Path:
     """A graph's file for TensorRT: the engine's own where that is well, else a new one in `folder`.
 
-    TensorRT quantizes to signed numbers around zero, and takes 8-bit numbers for nothing but what is quantized.
+    TensorRT quantizes to signed numbers around zero, and takes 8-bit numbers for nothing but products.
     """
     path = manifest.path(f"{graph}.onnx")
     model = ir.load(path)
@@ -25,7 +25,9 @@ def prepare(manifest: Manifest, graph: str, folder: Path) -> Path:
         if not any(node.op_type == "Cast" for node in model.graph):
             return path
         model = looked_up(manifest)
-    elif not to_signed(model):
+    elif to_signed(model):
+        dequantize_at_once(model)
+    else:
         return path
     folder.mkdir(exist_ok=True)
     save(model, folder / path.name)
@@ -63,6 +65,30 @@ def to_signed(model: ir.Model) -> bool:
     for name in [name for name, value in model.graph.initializers.items() if not value.uses() and value.dtype == ir.DataType.UINT8]:
         del model.graph.initializers[name]
     return found
+
+
+def dequantize_at_once(model: ir.Model) -> None:
+    """Puts each DequantizeLinear right behind its QuantizeLinear: what is moved between the two in 8 bits is moved as floats."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        moves: list[ir.Node] = []
+        levels = node.inputs[0]
+        while levels is not None and (producer := levels.producer()) is not None and producer.op_type != "QuantizeLinear":
+            moves.append(producer)
+            levels = producer.inputs[0]
+        if not moves:
+            continue
+        assert levels is not None
+        value, quantize = node.outputs[0], levels.producer()
+        assert quantize is not None
+        value.replace_all_uses_with(moves[0].outputs[0])
+        moves[-1].replace_input_with(0, value)
+        node.replace_input_with(0, levels)
+        value.shape = levels.shape
+        for move in moves:
+            move.outputs[0].type = value.type
+        graph.remove(node)
+        graph.insert_after(quantize, node)
 
 
 def signed_zero(graph: ir.Graph, zero: ir.Value, shape: tuple[int, ...]) -> ir.Value:

@@ -92,7 +92,7 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
         for graph in ("encoder", "sampler"):
             providers = dict(cls.providers(graph, 3, manifest))
-            assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0}
+            assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"}
             assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
 
 

@@ -300,6 +300,13 @@ def test_the_form_of_quantized_graphs(graphs: Graphs, groups: list[Group]) -> No
     assert all(product.quantized for product in found)
 
 
+def test_what_was_always_0(graphs: Graphs, groups: list[Group]) -> None:
+    """Any scale serves, but one that float16 does not hold."""
+    quantized = quantize(graphs, groups, ranges_of(groups, 0.0))["decoder"].graph
+    scales = [node.inputs[1].const_value.numpy() for node in quantized if node.op_type == "QuantizeLinear"]  # type: ignore[union-attr]
+    assert scales and all(scale == 1 for scale in scales)
+
+
 def test_the_original_stays_as_it_was(pipe: Pipeline, graphs: Graphs, groups: list[Group]) -> None:
     quantize(graphs, groups, ranges_of(groups))
     assert find_groups(find_products(graphs)) == groups

@@ -9,8 +9,11 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from enat.export.graphs import lean_decoder
+from enat.calibration.quantize import shuffle_levels
+from enat.export.graphs import LeanAttention, lean_decoder
+from enat.export.tensorrt_graphs import dequantize_at_once
 from enat.export.tidy import join_slices, shuffle_whole_channels, spell_out_shapes
+from enat.models.network import Attention
 from enat.models.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -103,3 +106,45 @@ def test_pictures_in_blocks_are_the_same(channels: tuple[int, ...]) -> None:
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
     assert len(channels) == 1 or not torch.equal(found, expected)  # it was computed in another way
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_blocks_of_levels(cut: bool) -> None:
+    """Pixels that are put in their places, and cut, as 8-bit numbers; and as floats again, for TensorRT."""
+    end = "z = Slice(x, start, stop, axes) y = Neg(z)" if cut else "y = Neg(x)"
+    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[b, 8, 3, 5] a) => (float[b, 2, p, q] y)
+    <float scale = {{0.25}}, uint8 zero = {{128}}, int64[2] start = {{1, 1}}, int64[2] stop = {{-1, -1}}, int64[2] axes = {{2, 3}}> {{
+      levels = QuantizeLinear(a, scale, zero)
+      d = DequantizeLinear(levels, scale, zero)
+      x = DepthToSpace<blocksize = 2>(d)
+      {end}
+    }}"""
+    model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    model.graph.node[2].name = "shuffle"
+    inputs = {"a": np.random.default_rng(0).normal(0, 10, (2, 8, 3, 5)).astype(np.float32)}
+    (expected,) = ReferenceEvaluator(model).run(None, inputs)
+    changed = ir.from_proto(model)
+    moves = ["Transpose", "Reshape", "Transpose", "Reshape", "Transpose", *["Slice"] * cut]
+    for change, order in (
+        (shuffle_levels, ["QuantizeLinear", *moves, "DequantizeLinear", "Neg"]),
+        (dequantize_at_once, ["QuantizeLinear", "DequantizeLinear", *moves, "Neg"]),
+    ):
+        change(changed)
+        result = ir.to_proto(changed)
+        onnx.checker.check_model(result, full_check=True)
+        assert [node.op_type for node in result.graph.node] == order
+        (found,) = ReferenceEvaluator(result).run(None, inputs)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("seen", [0, 5])
+def test_nothing_is_added_to_the_context(seen: int) -> None:
+    """Attention in its form for tracing, in double precision, without a context too."""
+    torch.manual_seed(0)
+    attention = Attention(12, 3).double()
+    x, y = torch.randn(2, 4, 12, dtype=torch.double), torch.randn(2, seen, 12, dtype=torch.double)
+    with torch.inference_mode():
+        lean = LeanAttention(attention)
+        expected, found = attention(x, y), lean(x, y)
+    assert lean.context_key.bias is None and lean.context_value.bias is None
+    assert (found - expected).abs().max() < 1e-12 < expected.abs().max()

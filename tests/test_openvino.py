@@ -155,6 +155,18 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     assert not left["MVN"]
 
 
+def test_blocks_of_pixels_have_a_kernel(precisions: dict[str, Path]) -> None:
+    """What puts the levels of 8-bit graphs in their places is DepthToSpace to OpenVINO."""
+    model = ov.Core().read_model(precisions["int8"] / "image_decoder.onnx")
+    blocks = [node for node in of_kind(model, "Reshape") if node.get_output_partial_shape(0).rank.get_length() == 6]
+    shuffles = len(of_kind(model, "DepthToSpace"))
+    assert blocks
+    for node in of_kind(model, "Transpose"):
+        openvino_graphs.join_shuffle(node)
+    assert len(of_kind(model, "DepthToSpace")) == shuffles + len(blocks)
+    assert not any(node.get_output_partial_shape(0).rank.get_length() == 6 for node in of_kind(model, "Reshape"))
+
+
 @pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])
 def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
     """Values that need few of the 256 steps, far from 0: what comes out is taken into 256 steps of some 0.03 again."""

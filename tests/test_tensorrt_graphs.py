@@ -106,15 +106,15 @@ def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
         "image_encoder": 1,
     }
     first, *later, general = profiles["decoder"]
-    assert first["features"] == ((1, 0, 48), (4, 0, 48), (16, 0, 48))  # no guidance at step 0
+    assert first["features"] == ((1, 0, 48), (4, 1, 48), (16, 1, 48))  # no guidance at step 0, and nothing visible: 0 or 1
     for step, one in zip(steps[1:], later, strict=True):
         assert one["positions"] == ((1, step.masked), (4, step.masked), (16, step.masked))
         assert one["features"] == ((1, step.visible, 48), (8, step.visible, 48), (32, step.visible, 48))
     for step, one in zip(steps[1:], profiles["encoder"]):
         assert [shape[1] for shape in one["tokens"]] == [step.new] * 3
-        assert [shape[1] for shape in one["features"]] == [step.seen] * 3
+        assert [shape[1] for shape in one["features"]] == ([step.seen] * 3 if step.seen else [0, 1, 1])
     for step, one in zip(steps, profiles["sampler"]):
-        assert one["keep"] == ((step.keep,),) * 3
+        assert one["keep"] == (((step.keep,),) * 3 if step.keep else ((0,), (1,), (1,)))
     assert general["features"][0][1] == 0 and general["features"][2] == (32, length, 48)
 
 

@@ -31,6 +31,7 @@ class Plans:
         self.engine = engine
         self.contexts: list[StandIn] = []
         self.making: Callable[[], bool] = lambda: True
+        self.busy: set[int] = set()  # contexts that were launched, until somebody waits
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -53,6 +54,15 @@ class Plans:
 
     def context(self, graph: str) -> StandIn:
         assert self.making()
+        number = len(self.contexts)
+
+        def execute(stream: int) -> bool:
+            self.busy.add(number)
+            return True
+
+        def scratch(address: int, size: int) -> None:
+            assert number not in self.busy, "set anew while it runs"
+
         found = StandIn(
             self.trt.IExecutionContext,
             name=graph,
@@ -61,7 +71,8 @@ class Plans:
             set_tensor_address=True,
             infer_shapes=lambda: [],
             update_device_memory_size_for_shapes=lambda: 1000 * (1 + len(self.contexts)),
-            execute_async_v3=True,
+            set_device_memory=scratch,
+            execute_async_v3=execute,
         )
         self.contexts.append(found)
         return found
@@ -70,8 +81,13 @@ class Plans:
 class StreamDevice(HostDevice):
     stream = 77
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, plans: Plans) -> None:
         super().__init__()
+        self.plans = plans
+
+    def synchronize(self) -> None:
+        self.plans.busy.clear()
+        super().synchronize()
 
 
 @dataclasses.dataclass
@@ -98,7 +114,7 @@ def running(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(trt, "Runtime", plans.runtime)
     monkeypatch.setattr(backend_module, "use_device", lambda device: 0)
     monkeypatch.setattr(backend_module, "platform_of", lambda index: HERE)
-    monkeypatch.setattr(backend_module, "CudaDevice", StreamDevice)
+    monkeypatch.setattr(backend_module, "CudaDevice", lambda index: StreamDevice(plans))
     backend = backend_module.TensorRTBackend(manifest, "cuda:0")
     made = lanes_made(backend)
     with Pipeline(manifest, backend) as pipeline:
@@ -149,7 +165,7 @@ def drawn(running: Running, images: int, steps: int = 8, callback: Any = None) -
 
 
 def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
-    """One for each profile, set to the shapes of the moment."""
+    """One for each profile, set to the shapes of the moment when what it runs is done."""
     watch = lambda step, steps, preview: None  # noqa: E731
     assert drawn(running, 1, callback=watch) == 25
     assert drawn(running, 4, callback=watch) == drawn(running, 1, callback=watch) == 0

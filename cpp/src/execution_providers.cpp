@@ -64,7 +64,7 @@ void append_cuda(Ort::SessionOptions& session, int index) {
     Ort::ThrowOnError(api.CreateCUDAProviderOptions(&created));
     const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> cuda(created, api.ReleaseCUDAProviderOptions);
     // TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
-    update(api.UpdateCUDAProviderOptions, cuda.get(), {{"device_id", std::to_string(index)}, {"use_tf32", "0"}});
+    update(api.UpdateCUDAProviderOptions, cuda.get(), {{"device_id", std::to_string(index)}, {"use_tf32", "0"}, {"arena_extend_strategy", "kSameAsRequested"}});
     session.AppendExecutionProvider_CUDA_V2(*cuda);
 }
 

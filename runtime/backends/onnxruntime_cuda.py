@@ -43,8 +43,9 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
 
     @classmethod
     def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
-        # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
-        return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0})]
+        # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU. Memory is taken as it is needed: by
+        # default ONNX Runtime takes twice what it has, of a GPU that others may use too.
+        return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"})]
 
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):

@@ -19,6 +19,8 @@ def rewrite(model: Model) -> dict[str, str]:
             split_heads_of_parts(node)
         elif node.get_type_name() == "Add":
             gather_shift(node)
+        elif node.get_type_name() == "Transpose":
+            join_shuffle(node)
         elif node.get_type_name() == "MVN" and quantized:
             spell_out_group_norm(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
@@ -58,6 +60,22 @@ def gather_shift(addition: Any) -> None:
             axis = constant_behind(split.input_value(1))
             if axis is not None and value.get_partial_shape()[int(axis)] == 1:
                 port.replace_source_output(ops.gather(split.input_value(0), integers(value.get_index()), integers(int(axis))).output(0))
+
+
+def join_shuffle(last: Any) -> None:
+    """Blocks of pixels put in their places by five operators, as suits ONNX Runtime: by DepthToSpace, which OpenVINO has a kernel for."""
+    orders: list[list[int]] = []
+    shapes: list[list[int]] = []
+    value = last.output(0)
+    for kind in ("Transpose", "Reshape", "Transpose", "Reshape", "Transpose"):
+        node = value.get_node()
+        numbers = constant_behind(node.input_value(1)) if node.get_type_name() == kind else None
+        if numbers is None:
+            return
+        (orders if kind == "Transpose" else shapes).append(numbers.tolist())
+        value = node.input_value(0)
+    if orders == [[0, 3, 1, 2], [0, 1, 3, 2, 4, 5], [0, 2, 3, 1]] and len(shapes[1]) == 6:
+        last.output(0).replace(ops.depth_to_space(value, "blocks_first", shapes[1][3]).output(0))
 
 
 def spell_out_group_norm(normalization: Any) -> None:

@@ -36,7 +36,8 @@ class Sessions:
                 wanted, _ = providers[0]
                 with self.reading(graph) as path:
                     try:
-                        session = ort.InferenceSession(path, self.options, providers=list(providers))
+                        # ONNX Runtime's own fallback says so on stdout, and loads the graph again.
+                        session = ort.InferenceSession(path, self.options, providers=list(providers), enable_fallback=0)
                     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
                         raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
                 if wanted not in session.get_providers():  # it falls back to the CPU with no more than a log line

@@ -185,7 +185,10 @@ class TensorRTLane(DeviceLane):
         return Context(execution)
 
     def set_shapes(self, context: Context, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> None:
-        execution, context.shapes = context.execution, None
+        execution = context.execution
+        if context.shapes is not None:
+            self.device.synchronize()  # its last run may be under way
+            context.shapes = None
         for name, shape in shapes.items():
             if name in values:
                 number = self.numbers.setdefault(values[name], np.array([values[name]], np.int64))
