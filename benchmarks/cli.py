@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -115,20 +115,20 @@ def main(
                 taken.setdefault(one.name, {})[case] = footprint(folder, backend, device, threads, case)
                 bar.update()
         found = [measure([*others, *pipes], case, warmup, repeats, bar.update) for case in cases]
+    shares = [matrix_shares(pipes, measurements, rate) if rate else {} for measurements in found]
     names = [one.name for one in others]
     machine, installed = device_name(device), versions()
     if as_json:
         used = threads or (allowed_threads() if device == "cpu" else None) or os.cpu_count()
         head = {"format": 1, "enat": __version__, "machine": machine, "device": device, "threads": used, "versions": installed}
         head |= {"warmup": warmup, "matrix_rate": rate, "engines": [facts(one) for one in pipes]}
-        click.echo(json.dumps({**head, "measurements": summaries(found, names), "footprints": summary(taken)}))
+        click.echo(json.dumps({**head, "measurements": summaries(found, names, shares), "footprints": summary(taken)}))
     else:
         programs = ", ".join(f"{name} {version}" for name, version in installed.items())
         click.echo(f"{machine}{f', {threads} threads' if threads else ''}; {programs}")
         click.echo(f"medians of {repeats} rounds; contenders take turns")
-        for case, measurements in zip(cases, found, strict=True):
-            shares = matrix_shares(pipes, measurements, rate) if rate else {}
-            click.echo(f"\n{title(case)}\n\n{times(measurements, names, shares)}\n\n{breakdown(measurements)}")
+        for case, measurements, reached in zip(cases, found, shares, strict=True):
+            click.echo(f"\n{title(case)}\n\n{times(measurements, names, reached)}\n\n{breakdown(measurements)}")
         click.echo(f"\nin a process of its own, files and caches warm\n\n{footprints(taken)}")
     if plot:
         draw_chart(found, names, machine, plot)
@@ -190,12 +190,16 @@ def matrix_shares(engines: Sequence[Engine], measurements: Sequence[Measurement]
     return shares
 
 
-def summaries(found: Sequence[Sequence[Measurement]], compared: Sequence[str]) -> list[dict[str, Any]]:
-    """All measurements as plain numbers, with how many times faster each is than those compared with."""
+def summaries(
+    found: Sequence[Sequence[Measurement]], compared: Sequence[str], shares: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """All measurements as plain numbers, with how many times faster each is than those compared with, and its share of the matrix rate."""
     result = []
-    for measurements in found:
+    for measurements, reached in zip(found, shares, strict=True):
         others = [one for one in measurements if one.name in compared]
-        result += [{**one.summary(), "times_faster": {other.name: one.times_faster(other) for other in others}} for one in measurements]
+        for one in measurements:
+            ratios = {other.name: one.times_faster(other) for other in others}
+            result.append({**one.summary(), "times_faster": ratios, "matrix_share": reached.get(one.name)})
     return result
 
 

@@ -19,8 +19,8 @@ STATUS, MEMORY = Path("/proc/self/status"), ("VmHWM", "VmRSS")  # of Linux
 
 @dataclass(frozen=True)
 class Footprint:
-    """load: seconds from Pipeline.load to the first batch, without what a batch takes afterwards at best; memory in bytes, None where the system
-    does not tell; device_memory: that the process took of a GPU."""
+    """load: seconds from Pipeline.load to the first batch, without what a batch takes afterwards at best; memory in bytes, None where the
+    system does not tell; device_memory: that the process took of a GPU, whose allocators keep what they took at the peak."""
 
     load: float
     first: float  # seconds from Pipeline.load to the end of the first batch

@@ -21,7 +21,7 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from ..calibration.products import fixed
-from ..errors import ExportError, InputError, reason
+from ..errors import EngineError, ExportError, InputError, reason
 from ..runtime.backends.cuda import device_index, use_device
 from ..runtime.backends.tensorrt import Logger, load_plan, platform_of, refit
 from ..runtime.builds import (
@@ -38,15 +38,16 @@ from ..runtime.builds import (
     read_builds,
     unsuited,
 )
-from ..runtime.manifest import FILE, Manifest, manifest_text, read_manifest, sha256
+from ..runtime.files import WholeFile
+from ..runtime.manifest import FILE, Manifest, check_file, manifest_text, read_manifest, sha256, source_hash
 from ..runtime.progress import Report
+from . import tensorrt_graphs
 from .profiles import graph_profiles
 from .progress_monitor import ProgressMonitor
 from .tensorrt_graphs import prepare
 
 WEIGHTS = ("included", "refittable", "stripped")
 FAULTY_REFIT = "11.3."  # "may produce incorrect numerical output": NVIDIA, TensorRT 11.3.0, Refitting an Engine
-LEAST_CAPABILITY = 7.5  # compute capability; TensorRT 10.13 and later serve Turing and what came after it
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,19 @@ def build_engine(
     manifest = read_manifest(engine)
     options = Options(tuple(steps) or (manifest.sampling.steps,), **settings)
     here = platform_of(index)
-    if float(here.capability) < LEAST_CAPABILITY:
-        raise ExportError(
-            f"{here.device}: compute capability {here.capability} is too old for TensorRT; expected {LEAST_CAPABILITY} or more"
-        )
     wanted = describe(manifest, here, options)
-    for found in read_builds(manifest):
-        if found.id == wanted.id and not force and all((engine / name).is_file() for name in found.files):
+    builds = read_builds(manifest)
+    for found in builds:
+        if found.id == wanted.id and not force:
+            try:
+                for name, entry in found.files.items():
+                    check_file(manifest, name, entry, verify=True)
+            except EngineError as error:
+                report(f"built again: {error}")
+                break
             report(f"already built: {found.folder}")
+            if found != builds[-1]:  # of those that suit, the last one is taken
+                write_builds(manifest, [*(one for one in builds if one != found), found])
             return found
     source = refittable_build(refit, here, wanted) if refit else None
     try:
@@ -165,7 +171,8 @@ def describe(manifest: Manifest, here: Platform, options: Options) -> Build:
     """What a build with these options is to be: its profiles, and what it depends on."""
     profiles = graph_profiles(manifest, options.steps, options.batches, modulation_shapes(manifest))
     graphs = {name: BuiltGraph(graph_source(manifest, name), tuple(own)) for name, own in profiles.items()}
-    return Build(here, asdict(options) | {"steps": list(options.steps), "best_batch": list(options.best_batch)}, graphs, {})
+    lists = {"steps": list(options.steps), "best_batch": list(options.best_batch)}
+    return Build(here, asdict(options) | lists | {"form": source_hash(tensorrt_graphs)}, graphs, {})
 
 
 def modulation_shapes(manifest: Manifest) -> dict[str, Shape]:
@@ -249,18 +256,22 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
     now = read_manifest(engine)  # others may have built meanwhile
     if now.hash != manifest.hash:
         raise ExportError(f"{engine}: was replaced while its plans were built; build them again")
-    content = json.loads((engine / FILE).read_text("utf-8"))
     others = [one for one in read_builds(now) if one.id != build.id]
     current = [one for one in others if changed_graph(one, now) is None]
-    content[SECTION] = [*(one.as_json() for one in current), build.as_json()]
     place = engine / build.folder
     if place.exists():
         place.rename(folder.parent / "old")
     folder.rename(place)
-    written = folder.parent / FILE
-    written.write_bytes(manifest_text(content))
-    written.replace(engine / FILE)
+    write_builds(now, [*current, build])
     for one in others:
         if one not in current:
             shutil.rmtree(engine / one.folder, ignore_errors=True)
     return build
+
+
+def write_builds(manifest: Manifest, builds: Sequence[Build]) -> None:
+    """Lists these builds in an engine's manifest, in this order, in place of those that it lists."""
+    content = json.loads((manifest.folder / FILE).read_text("utf-8"))
+    content[SECTION] = [one.as_json() for one in builds]
+    with WholeFile(manifest.folder / FILE) as partial:
+        partial.write_bytes(manifest_text(content))

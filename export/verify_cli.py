@@ -34,6 +34,7 @@ COLUMNS = 12  # pictures side by side in the sheet
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="That runs ENGINE.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=int, help="CPU threads of each; default: all that the process may use.")
 @click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="Picture to write: above float32, below ENGINE.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot to write: error by step and by layer (needs matplotlib).")
 @click.option("--max-divergence", type=float, help="Fail (exit code 1) where the mean divergence is larger, in nats.")
@@ -49,6 +50,7 @@ def main(
     batch_size: int,
     backend: str,
     device: str,
+    threads: int | None,
     sheet_file: Path | None,
     plot: Path | None,
     max_divergence: float | None,
@@ -79,7 +81,7 @@ def main(
         with needs("plot", "--plot"):
             import matplotlib
         matplotlib.use("Agg")
-    with Pipeline.load(engine, backend, device) as mine, Pipeline.load(against) as reference:
+    with Pipeline.load(engine, backend, device, threads) as mine, Pipeline.load(against, threads=threads) as reference:
         labels = parse_classes(reference.manifest.model, classes) if classes else None
         if sheet_file or min_psnr is not None:
             mine.manifest.require_images()

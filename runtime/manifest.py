@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
+from .. import __version__
 from ..errors import EngineError, reason
 
 FORMAT = "enat-engine"
@@ -151,6 +154,14 @@ def stamp_of(path: Path) -> Stamp | None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(module: ModuleType) -> str:
+    """Of a module's source, for what is kept of what it made; where there are no sources, as in frozen programs, enat's version."""
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except OSError:
+        return __version__
 
 
 def manifest_text(content: dict[str, Any]) -> bytes:

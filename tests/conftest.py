@@ -146,6 +146,16 @@ def int8(made: Make) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int8_fp16(made: Make, int8: Path) -> Path:
+    return made("int8-fp16", "--precision", "int8", "--float-type", "fp16")
+
+
+@pytest.fixture(scope="session")
+def int7(made: Make) -> Path:
+    return made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
+
+
+@pytest.fixture(scope="session")
 def bundled() -> Iterator[Pipeline]:
     """The bundled engine."""
     with Pipeline.load() as pipeline:

@@ -104,6 +104,9 @@ class HostLane(OrtLane):
     device: HostDevice
     records = True
 
+    def scratch_of_image(self) -> float:  # type: ignore[override]
+        return 0  # ONNX Runtime's own memory is none of the device's
+
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
         run = super().execute
         bare = [

@@ -51,6 +51,7 @@ RESTRICTIONS: dict[str, tuple[str, Callable[[onnx.NodeProto, Known], bool]]] = {
     "CumSum": ("axis is constant", lambda node, known: constant(node, 1, known)),
     "QuantizeLinear": ("the zero point is 0", zero_point),
     "DequantizeLinear": ("the zero point is 0", zero_point),
+    "InstanceNormalization": ("scale and bias are constant", lambda node, known: constant(node, 1, known) and constant(node, 2, known)),
     "ReduceSum": ("axes are constant", lambda node, known: constant(node, 1, known)),
     "Squeeze": ("axes are constant", lambda node, known: constant(node, 1, known)),
     "Unsqueeze": ("axes are constant", lambda node, known: constant(node, 1, known)),

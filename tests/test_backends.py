@@ -6,8 +6,10 @@ import dataclasses
 import importlib.metadata
 import os
 import re
+import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,13 @@ def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeyp
         return name
 
     monkeypatch.setattr(backends, "load_backend", load)
-    assert open_backend("auto", manifest, "cuda:0") == "onnxruntime"  # type: ignore[comparison-overlap]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_backend("auto", manifest, "cuda:0") == "onnxruntime"  # type: ignore[comparison-overlap]
+    with pytest.warns(RuntimeWarning, match="tensorrt is passed over: no build"):  # though there are some
+        open_backend("auto", dataclasses.replace(manifest, builds=[{}]), "cuda:0")
+    tried.clear()
+    open_backend("auto", manifest, "cuda:0")
     assert tried == ["tensorrt", "onnxruntime"]
     assert open_backend("auto", manifest) == "onnxruntime"  # type: ignore[comparison-overlap]
     wide = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, dim=1024))
@@ -66,6 +74,21 @@ def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) 
         "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed and overwrite each other; "
         'mend it with: pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"'
     )
+
+
+def test_an_onnxruntime_that_the_other_one_left_behind(engines: Callable[[str], Path]) -> None:
+    code = f"""
+import sys, types
+sys.modules["onnxruntime"] = types.ModuleType("onnxruntime")
+from enat.errors import BackendError
+from enat import Pipeline
+try:
+    Pipeline.load({str(engines("tiny"))!r}, "onnxruntime")
+except BackendError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "its files are incomplete, as onnxruntime and onnxruntime-gpu leave each other; uninstall both first" in said
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this ONNX Runtime can use a GPU")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from enat import Pipeline
 from enat.benchmarks import slots
-from enat.benchmarks.cli import main
+from enat.benchmarks.cli import main, matrix_shares
 from enat.benchmarks.footprint import footprint
 from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down
 from enat.benchmarks.torch_contenders import CompiledBackend, Reference, TorchModels, torch_contender
@@ -61,7 +61,8 @@ def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
         "backend": "onnxruntime",
     }
     assert found["measurements"][0].keys() == {
-        *("name", "batch", "steps", "pictures", "seconds", "median", "pictures_per_second", "graphs", "by_step", "times_faster")
+        *("name", "batch", "steps", "pictures", "seconds", "median", "pictures_per_second", "graphs", "by_step", "times_faster"),
+        "matrix_share",
     }
     assert found["footprints"][0].keys() == {
         *("name", "batch", "steps", "pictures", "load", "first", "peak_memory", "memory", "device_memory")
@@ -91,6 +92,33 @@ def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
         assert 0 < one["load"] < one["first"]
         assert 20e6 < one["memory"] <= one["peak_memory"] < 2e9  # a process with NumPy and a backend; torch is not in it
     assert found["versions"].keys() >= {"onnxruntime", "openvino", "torch"} and "core" in found["machine"]
+
+
+def test_shares_of_the_matrix_rate(engines: Engines) -> None:
+    """Products with constant weights, counted by the network's own dimensions."""
+    with Pipeline.load(engines("tiny")) as pipeline:
+        model, engine = pipeline.manifest.model, Engine("one", pipeline)
+        square, products = model.dim**2, 0
+        for step in pipeline.schedule(4):
+            rows = 2 if step.index else 1
+            products += rows * model.encoder_depth * square * (12 * step.new + 2 * step.seen)  # q, own k and v, proj, mlp; context k and v
+            products += rows * 8 * square * step.seen  # what carries features on
+            products += rows * model.decoder_depth * square * (12 * step.masked + 2 * step.visible)
+            products += rows * step.masked * (square + model.dim * model.codes)
+        measured = Measurement("one", Case(batch=3, steps=4, pictures=False), [2.0, 2.0])
+        assert matrix_shares([engine], [measured], rate=1e9) == {"one": pytest.approx(1.5 * products / 1e9)}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_reference_decodes_in_its_own_precision(engines: Engines, dtype: torch.dtype | None) -> None:
+    case = read_golden("tiny")
+    with Pipeline.load(engines("tiny")) as pipeline:
+        models = TorchModels(case.ckpt, case.vqgan, pipeline.manifest.model, "cpu")
+        seen: set[torch.dtype] = set()
+        for module in (models.network.decoder_blocks[0].mlp.fc1, models.tokenizer.decoder.conv_in):  # type: ignore[union-attr]
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))  # type: ignore[operator, union-attr]
+        Reference("", models, pipeline.schedule, dtype).draw(Case(batch=1, steps=2, pictures=True))
+    assert seen == {dtype or torch.float32}
 
 
 def test_tables_and_chart(engines: Engines, tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ class Calls:
         return call
 
 
+def properties(name: str, major: int, minor: int) -> Any:
+    found = cudart.cudaDeviceProp()
+    found.name, found.major, found.minor = name.encode(), major, minor
+    return found
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     memory = np.zeros(4096, np.uint8)  # what pinned memory is, for the time of the test
@@ -51,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
             "cudaMemGetInfo": (10, 20),
             "cudaStreamEndCapture": (6,),
             "cudaGraphInstantiate": (7,),
+            "cudaGetDeviceProperties": (properties("NVIDIA H200", 9, 0),),
         }
     )
     monkeypatch.setattr(cuda, "cudart", found)
@@ -123,6 +130,10 @@ def test_devices(calls: Calls) -> None:
     assert cuda.device_index("cuda") == 0 and cuda.device_index("cuda:1") == 1
     with pytest.raises(BackendError, match="cuda:2: there is no such GPU; 2 found, cuda:0 to cuda:1"):
         cuda.device_index("cuda:2")
+    assert cuda.device_facts(0) == ("NVIDIA H200", "9.0")
+    calls.results["cudaGetDeviceProperties"] = (properties("Tesla V100", 7, 0),)
+    with pytest.raises(BackendError, match=r"cuda: Tesla V100 is too old: its compute capability is 7\.0, expected 7\.5 or more"):
+        cuda.device_index("cuda")
     for wrong in ("cuda:", "cuda:x", "gpu", "cuda:-1"):
         with pytest.raises(InputError, match="expected the device cpu, cuda or cuda:N"):
             cuda.device_index(wrong)

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import Result
-from conftest import Make, invoke, list_anew, read_golden, refused
+from conftest import invoke, list_anew, read_golden, refused
 
 from enat import Pipeline
 from enat.calibration.calibrate import Settings
@@ -36,11 +36,6 @@ from enat.runtime.manifest import FILE, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 NETWORK_FILES = ("condition.onnx", "encoder.onnx", "decoder.onnx", "image_decoder.onnx")
-
-
-@pytest.fixture(scope="session")
-def int8_fp16(made: Make, int8: Path) -> Path:
-    return made("int8-fp16", "--precision", "int8", "--float-type", "fp16")
 
 
 # Quality, on the bundled engine, which is trained
@@ -205,16 +200,15 @@ def test_channels_that_are_next_to_nothing() -> None:
     assert np.array_equal(held["levels"][:, 0], levels[:, 0])
 
 
-def test_weights_of_7_bits(made: Make, bundled: Pipeline) -> None:
-    engine = made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
-    manifest = read_manifest(engine)
+def test_weights_of_7_bits(int7: Path, bundled: Pipeline) -> None:
+    manifest = read_manifest(int7)
     assert manifest.weight_bits == 7
     for model in load_graphs(manifest).values():
         for name, value in model.graph.initializers.items():
             assert value.const_value is not None
             if name.endswith(".weight_int8"):
                 assert np.abs(value.const_value.numpy().astype(int)).max() == 63
-    with Pipeline.load(engine) as pipe:
+    with Pipeline.load(int7) as pipe:
         assert compare(pipe, bundled, images=36).divergence < 0.01
 
 
@@ -260,7 +254,7 @@ def test_the_probe_tells_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert onnxruntime_cpu.int8_saturates.__wrapped__()
 
 
-def test_kernels_that_saturate(int8: Path, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_saturate(int8: Path, int7: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower kernels with the same results and a warning; none for an engine of 7 bits, nor for float."""
     with Pipeline.load(int8) as pipe:
         expected = pipe.generate_tokens([1, 2], seed=3)
@@ -271,9 +265,7 @@ def test_kernels_that_saturate(int8: Path, made: Make, monkeypatch: pytest.Monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Pipeline.load().close()
-        Pipeline.load(
-            made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
-        ).close()
+        Pipeline.load(int7).close()
 
 
 # What is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+from conftest import invoke
 from tensorrt_operators import objections
 from tensorrt_stand_in import Refits, StandIn, signatures
 from test_tensorrt_builds import GRAPHS, HERE
@@ -77,7 +79,10 @@ class Builds:
 
     def config(self) -> StandIn:
         defaults: dict[str, Any] = {"DLA_core": -1, "get_memory_pool_limit": 0, "get_tactic_sources": 0, "num_optimization_profiles": 0}
-        self.configs.append(StandIn(self.trt.IBuilderConfig, create_timing_cache=lambda data: StandIn(self.trt.ITimingCache), **defaults))
+        timings = StandIn(self.trt.ITimingCache, serialize=lambda: contextlib.nullcontext(b"timings"), combine=True)
+        self.configs.append(
+            StandIn(self.trt.IBuilderConfig, create_timing_cache=lambda data: timings, get_timing_cache=lambda: timings, **defaults)
+        )
         return self.configs[-1]
 
     def profile(self) -> StandIn:
@@ -137,6 +142,54 @@ def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: 
     build_engine(engine_copy, [8], max_batch=8, force=True)
     assert len(builds.configs) == 3 * made
     assert [path for path in (engine_copy / "tensorrt").iterdir() if path.name.startswith(".")] == []
+
+
+def test_builds_that_are_there_are_taken_again(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was asked for last runs; plans that were damaged, or are of graphs in another form, are built again."""
+    from enat.export import tensorrt_build
+
+    lines: list[str] = []
+
+    def build(**options: Any) -> str:
+        made = tensorrt_build.build_engine(engine_copy, [8], report=lines.append, **options)
+        chosen = choose_build(read_manifest(engine_copy), HERE)
+        assert chosen == made
+        return made.id
+
+    first, second = build(), build(tf32=True)
+    made = len(builds.configs)
+    assert build() == first != second and build(tf32=True) == second and build() == first
+    assert len(builds.configs) == made
+    plan = engine_copy / "tensorrt" / first / "decoder.plan"
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[:1])
+    assert build() == first and len(builds.configs) > made
+    assert "built again: " in "".join(lines) and "decoder.plan: 1 bytes, expected" in "".join(lines)
+    monkeypatch.setattr(tensorrt_build, "source_hash", lambda module: "another")
+    assert build() not in (first, second)
+
+
+def test_the_command_and_its_options(builds: Builds, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enat.export import tensorrt_build
+    from enat.export.cli import main
+
+    trt, cache = builds.trt, tmp_path / "timing.cache"
+    monkeypatch.setattr(tensorrt_build, "device_index", lambda device: 0)
+    asked = ["--steps", "4,8", "--max-batch", 6, "--best-batch", "2,6", "--hardware", "ampere+", "--version-compatible", "--tf32"]
+    result = invoke(main, "--engine", engine_copy, "--tensorrt", *asked, "--build-level", 5, "--timing-cache", cache)
+    assert result.exit_code == 0, result.output
+    build = choose_build(read_manifest(engine_copy), HERE)
+    assert f"TensorRT build for {HERE}: {engine_copy / build.folder}" in result.output
+    assert build.options["steps"] == [4, 8] and build.options["best_batch"] == [2, 6] and build.options["max_batch"] == 6
+    for config in builds.configs:
+        flags = {call[1][0] for call in config.calls if call[0] == "set_flag"}
+        assert {trt.BuilderFlag.TF32, trt.BuilderFlag.VERSION_COMPATIBLE} <= flags
+        assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        assert config.builder_optimization_level == 5
+        assert isinstance(config.progress_monitor, trt.IProgressMonitor)
+    assert cache.read_bytes() == b"timings"
+    kept = [call for config in builds.configs for call in config.calls if call[0] == "create_timing_cache"]
+    assert kept[-1][1] == (b"timings",)  # the graphs built later read it
 
 
 def test_int8_plans_are_built_from_signed_graphs(

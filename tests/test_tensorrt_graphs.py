@@ -57,9 +57,12 @@ def test_tensorrt_takes_every_graph(precisions: dict[str, Path], tmp_path: Path,
     assert (tmp_path / "graphs").exists() == name.startswith("int8")
 
 
-def test_tensorrt_takes_the_bundled_engine() -> None:
-    for path in BUNDLED_ENGINE.glob("*.onnx"):
-        assert objections(onnx.load(path)) == [], path.name
+def test_tensorrt_takes_the_bundled_engine(fp16: Path, int8: Path, int8_fp16: Path, int7: Path, tmp_path: Path) -> None:
+    """In every precision, with the layers in float that the recipe leaves so."""
+    for engine in (BUNDLED_ENGINE, fp16, int8, int8_fp16, int7):
+        for graph in GRAPHS:
+            path = prepare(read_manifest(engine), graph, tmp_path / engine.name)
+            assert objections(onnx.load(path)) == [], (engine.name, graph)
 
 
 def test_the_table_objects(precisions: dict[str, Path]) -> None:
@@ -158,13 +161,15 @@ def calls(manifest: Manifest, steps: int, batch: int, guidance: float) -> list[t
     return result
 
 
-@pytest.mark.parametrize("name", ["fp32", "odd", "fp16", "int8"])
-def test_profiles_shapes(precisions: dict[str, Path], name: str) -> None:
-    """The least, best and largest shapes of every profile: ONNX's shape inference agrees with them, and so does a run."""
+@pytest.mark.parametrize("name", ["fp32", "odd", *PRECISIONS])
+def test_profiles_shapes(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """The least, best and largest shapes of every profile, on graphs as TensorRT gets them: ONNX's shape inference agrees with them, and so
+    does a run.
+    """
     manifest = read_manifest(precisions[name])
     profiles = graph_profiles(manifest, [2, 8], [(1, 2, 4)], modulation(manifest))
     for graph, own in profiles.items():
-        original = onnx.load(manifest.path(f"{graph}.onnx"))
+        original = onnx.load(prepare(manifest, graph, tmp_path))
         session = ort.InferenceSession(original.SerializeToString(), providers=["CPUExecutionProvider"])
         for one in own:
             for which in range(3):

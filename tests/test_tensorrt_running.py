@@ -31,6 +31,7 @@ class Plans:
         self.engine = engine
         self.contexts: list[StandIn] = []
         self.making: Callable[[], bool] = lambda: True
+        self.largest_scratch = 0
         self.busy: set[int] = set()  # contexts that were launched, until somebody waits
 
     def runtime(self, logger: Any) -> StandIn:
@@ -49,6 +50,7 @@ class Plans:
             name=graph,
             create_execution_context=lambda strategy: self.context(graph),
             get_tensor_shape=outputs.get,
+            device_memory_size_v2=self.largest_scratch,
             get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
         )
 
@@ -176,6 +178,17 @@ def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
     assert len(keeps) > 30 and keeps == sorted(keeps, reverse=True)
     assert set(keeps) <= {step.keep for step in running.pipeline.schedule(40)}
     assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
+
+
+@pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 2 fits"), (2**40, "not even one fits")])
+def test_a_batch_that_does_not_fit(running: Running, scratch: int, fits: str) -> None:
+    """What contexts need beside the tensors counts, too."""
+    running.plans.largest_scratch = scratch
+    running.pipeline.generate([1], seed=0)
+    device = running.lane.device
+    device.limit -= device.free_memory() - 2**16
+    with pytest.raises(BackendError, match=rf"4 at once need more than \d+ MiB, \d+ MiB are free; {fits}"):
+        running.pipeline.generate([1] * 4, seed=0)
 
 
 def test_records_make_room_for_contexts(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

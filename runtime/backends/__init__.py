@@ -6,6 +6,7 @@ The loop treats a backend's tensors as opaque: it never looks into one, so they 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -85,8 +86,8 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     """Loads an engine's graphs into a backend.
 
     name: one of BACKENDS, or "auto" for the first of AUTO that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU,
-    all that the process may use by default. slots: batches in flight at once. Raises InputError for words and numbers that it does not
-    know, BackendError where the backend is not installed or cannot load the graphs.
+    all that the process may use by default. slots: batches in flight at once. Warns where auto passes over what is there. Raises InputError
+    for words and numbers that it does not know, BackendError where the backend is not installed or cannot load the graphs.
     """
     device = str(device)  # PyTorch's are no strings
     kind = device.split(":")[0]
@@ -104,11 +105,18 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     if name != "auto":
         return load_backend(name, kind, manifest, device, threads, slots)
     reasons: list[str] = []
+    notable: list[str] = []  # of what is there, and was to be used
     for candidate in in_order(kind, manifest.model.dim):
         try:
-            return load_backend(candidate, kind, manifest, device, threads, slots)
+            backend = load_backend(candidate, kind, manifest, device, threads, slots)
         except (BackendError, EngineError) as error:
             reasons.append(str(error))
+            if not isinstance(error.__cause__, ImportError) and (candidate != "tensorrt" or manifest.builds):
+                notable.append(f"{candidate} is passed over: {error}")
+            continue
+        for line in notable:
+            warnings.warn(line, RuntimeWarning, stacklevel=3)
+        return backend
     raise BackendError("; ".join(dict.fromkeys(reasons)))
 
 

@@ -14,6 +14,7 @@ from ...errors import BackendError, InputError
 from . import Array
 from .device import DeviceMemoryError
 
+LEAST_CAPABILITY = 7.5  # compute capability: CUDA 13, and TensorRT from 10.13 on, serve Turing and what came after it
 KINDS = cudart.cudaMemcpyKind
 
 
@@ -28,7 +29,8 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
 
 def device_index(device: str) -> int:
-    """The number in cuda or cuda:N. Raises InputError for other words, BackendError without a driver or such a device."""
+    """The number in cuda or cuda:N. Raises InputError for other words, BackendError without a driver or such a device, or where it is too
+    old."""
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if not match:
         raise InputError(f"expected the device cpu, cuda or cuda:N, got {device!r}")
@@ -39,6 +41,9 @@ def device_index(device: str) -> int:
         raise BackendError(f"{device}: no GPU that CUDA can use: {error}; nvidia-smi shows drivers and devices") from error
     if index >= count:
         raise BackendError(f"{device}: there is no such GPU; {count} found, cuda:0{f' to cuda:{count - 1}' if count > 1 else ''}")
+    name, capability = device_facts(index)
+    if float(capability) < LEAST_CAPABILITY:
+        raise BackendError(f"{device}: {name} is too old: its compute capability is {capability}, expected {LEAST_CAPABILITY} or more")
     return index
 
 

@@ -58,6 +58,10 @@ class DeviceLane(ABC):
         """Launches a graph. NumPy arrays among the inputs are values that the host needs."""
 
     @abstractmethod
+    def scratch_of_image(self) -> float | None:
+        """Bytes for each image of a batch that the graphs take beside their tensors; None where the backend does not tell."""
+
+    @abstractmethod
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the condition graph's outputs beyond the first axis."""
 
@@ -189,7 +193,7 @@ class DeviceLane(ABC):
         return not self.recording
 
     def advice(self, arrays: Mapping[str, Array], program: Program) -> str:
-        """Which batch would fit, by what the program's tensors take together at their peak."""
+        """Which batch would fit, by what the program's tensors and the graphs take together at their peak."""
         self.arena.free_unused()
         available = self.device.free_memory() + self.arena.total
         counter = NoDevice()
@@ -199,10 +203,13 @@ class DeviceLane(ABC):
             program(self.upload_all(arrays))
         finally:
             (self.device, self.arena, self.staging), self.dry = mine, False
-        batch = batch_of(arrays)
-        fitting = min(int(MEMORY_SHARE * batch * available / counter.peak), batch // 2)
-        found = f"{batch} at once need more than {counter.peak / 2**20:.0f} MiB, {available / 2**20:.0f} MiB are free"
-        return f"{found}; a batch of {fitting} fits" if fitting else f"{found}; not even one fits"
+        batch, scratch = batch_of(arrays), self.scratch_of_image()
+        needed = counter.peak + batch * (scratch or 0)
+        fitting = min(int(MEMORY_SHARE * batch * available / needed), batch // 2)
+        found = f"{batch} at once need more than {needed / 2**20:.0f} MiB, {available / 2**20:.0f} MiB are free"
+        if not fitting:
+            return f"{found}; not even one fits"
+        return f"{found}; a batch of {fitting} {'may fit' if scratch is None else 'fits'}"
 
     def enter(self) -> None:
         self.device.enter()

@@ -31,8 +31,8 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
     provider = "CUDAExecutionProvider"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
         check_packages(self.provider)
+        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
         index = device_index(device)
         self.device = f"cuda:{index}"
         options = ort.SessionOptions()
@@ -117,6 +117,9 @@ class OrtLane(DeviceLane):
         self.kind = kind  # of device, in ONNX Runtime's words
         self.index = int(device.name.split(":")[1]) if ":" in device.name else 0
 
+    def scratch_of_image(self) -> None:
+        """ONNX Runtime allocates as it goes."""
+
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {output.name: tuple(output.shape[1:]) for output in self.sessions.get("condition").get_outputs()}
 
@@ -135,5 +138,5 @@ class OrtLane(DeviceLane):
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             text = first_line(error)
-            short = "allocate memory" in text or "out of memory" in text
+            short = any(words in text for words in ("allocate memory", "out of memory", "ALLOC_FAILED"))  # of cuBLAS and cuDNN, too
             raise (DeviceMemoryError if short else BackendError)(f"{graph}.onnx: ONNX Runtime failed: {text}") from error

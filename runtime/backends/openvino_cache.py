@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import inspect
 import mmap
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,10 +18,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from ... import __version__
 from ...errors import reason as system_reason
 from ..files import WholeFile
-from ..manifest import Manifest
+from ..manifest import Manifest, source_hash
 from . import openvino_graphs
 from .cache_folder import cache_folder
 
@@ -55,7 +53,7 @@ class GraphCache:
     def shared_key(self) -> list[str]:
         """What decides how all graphs are compiled."""
         properties = (self.core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
-        return [self.manifest.hash, ov.__version__, rewrites(), *map(str, properties)]
+        return [self.manifest.hash, ov.__version__, source_hash(openvino_graphs), *map(str, properties)]
 
     def file(self, graph: str) -> Path | None:
         """Where a graph is kept: under a hash of all that decides how it is compiled."""
@@ -95,14 +93,6 @@ class GraphCache:
             mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         tensor = ov.Tensor(np.frombuffer(mapping, np.uint8), shared_memory=True)
         return CompiledGraph(self.core.import_model(tensor, "CPU", self.options(graph)), mapping, tensor)
-
-
-def rewrites() -> str:
-    """The hash of how graphs are rewritten; where there are no sources, as in frozen programs, enat's version stands for it."""
-    try:
-        return hashlib.sha256(inspect.getsource(openvino_graphs).encode()).hexdigest()
-    except OSError:
-        return __version__
 
 
 def reason(error: Exception) -> str:

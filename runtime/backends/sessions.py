@@ -12,6 +12,9 @@ import onnxruntime as ort
 
 from ...errors import BackendError
 
+if not hasattr(ort, "InferenceSession"):
+    raise ImportError("its files are incomplete, as onnxruntime and onnxruntime-gpu leave each other; uninstall both first")
+
 Providers = Sequence[tuple[str, dict[str, Any]]]  # execution providers and their options
 CPU: Providers = [("CPUExecutionProvider", {})]
 

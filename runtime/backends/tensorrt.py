@@ -127,6 +127,10 @@ class TensorRTLane(DeviceLane):
             raise InputError(f"{batch} images at once are too many for this TensorRT build; expected at most {most} (--max-batch)")
         return super().compute(key, arrays, program)
 
+    def scratch_of_image(self) -> float:
+        """Contexts share their scratch memory, which TensorRT names for the largest batch."""
+        return max(engine.device_memory_size_v2 for engine in self.plans.engines.values()) / self.plans.build.options["max_batch"]
+
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
         engine = self.plans.engine("condition")
         return {name: tuple(engine.get_tensor_shape(name))[1:] for name in ("encoder_modulation", "decoder_modulation")}
