@@ -42,7 +42,7 @@ class Calls:
 
 def properties(name: str, major: int, minor: int) -> Any:
     found = cudart.cudaDeviceProp()
-    found.name, found.major, found.minor = name.encode(), major, minor
+    found.name, found.major, found.minor = name.encode().ljust(256, b"\0"), major, minor
     return found
 
 

@@ -180,7 +180,7 @@ def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
     assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
 
 
-@pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 2 fits"), (2**40, "not even one fits")])
+@pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 1 fits"), (2**40, "not even one fits")])
 def test_a_batch_that_does_not_fit(running: Running, scratch: int, fits: str) -> None:
     """What contexts need beside the tensors counts, too."""
     running.plans.largest_scratch = scratch
