@@ -77,7 +77,7 @@ def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, dev
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, 100))
     run = Run(out, steps, classifier=classifier, optimizer=optimizer, schedule=schedule)
     classifier.train()
-    while run.step < steps:
+    for _ in run.remaining():
         chosen = torch.randint(len(data), (batch_size,)).numpy()
         images = as_images(data[chosen], where)
         with autocast(where):

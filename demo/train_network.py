@@ -133,9 +133,8 @@ def main(
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.99, 0.99), weight_decay=0.03)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, steps // 20))
     run = Run(out, steps, network=network, ema=ema, optimizer=optimizer, schedule=schedule)
-    while run.step < steps:
-        rng = np.random.default_rng((2, run.step))
-        torch.manual_seed(run.step)
+    for step in run.remaining():
+        rng = np.random.default_rng((2, step))
         chosen = torch.randint(len(tokens), (batch_size,))
         with autocast(where):
             loss = training_loss(network, ema, tokens[chosen].to(where), labels[chosen].to(where), rng)
@@ -144,7 +143,7 @@ def main(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(ema_decay, (run.step + 1) / (run.step + 10), 1 - 20 / steps)
+        decay = min(ema_decay, (step + 1) / (step + 10), 1 - 20 / steps)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
         run.finish_step(loss=loss)

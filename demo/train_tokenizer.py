@@ -123,12 +123,12 @@ def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, dev
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, 100))
     run = Run(out, steps, model=model, codebook=codebook, optimizer=optimizer, schedule=schedule)
     recent: list[Tensor] = []  # features to cluster
-    while run.step < steps:
+    for step in run.remaining():
         images = as_images(data[torch.randint(len(data), (batch_size,)).numpy()], where)
         with autocast(where):
             z = model.encoder(images).float()
         features = z.permute(0, 2, 3, 1).flatten(0, 2)  # [B·64, Z]
-        if run.step < WARMUP_STEPS:
+        if step < WARMUP_STEPS:
             quantized, commitment = z, z.new_zeros(())
             recent = [*recent[-63:], features.detach()]
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ class Run:
         with WholeFile(self.folder / "state.pt") as partial:
             torch.save(state, partial)
         self.saved = time.monotonic()
+
+    def remaining(self) -> Iterator[int]:
+        """The steps still to be run. Each draws from PyTorch's generator what it always does, wherever the run was interrupted."""
+        while self.step < self.steps:
+            torch.manual_seed(self.step)
+            yield self.step
 
     def finish_step(self, **losses: torch.Tensor) -> None:
         """Counts a step and its losses; logs and saves when it is time."""
