@@ -32,7 +32,7 @@ def test_what_a_difference_is() -> None:
     assert third.distance_ratio.high < 1  # moved towards the real ones
 
 
-@pytest.mark.slow
+@pytest.mark.quality
 def test_int8_draws_as_well(tmp_path: Path) -> None:
     convert_engine(BUNDLED_ENGINE, tmp_path / "int8", Precision("int8"))
     figures = evaluate_precisions([tmp_path / "int8"], REFERENCES, PICTURES, seed=0)
