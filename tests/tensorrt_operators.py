@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
+from operator_types import not_in_table, with_types
 
 FLOATS = {"FLOAT", "FLOAT16", "BFLOAT16"}
 NUMBERS = {*FLOATS, "INT32", "INT64"}
@@ -72,30 +73,20 @@ RESTRICTIONS: dict[str, tuple[str, Callable[[onnx.NodeProto, Known], bool]]] = {
 
 def objections(model: onnx.ModelProto) -> list[str]:
     """What TensorRT would not take of a graph, one line each."""
-    model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    model, types = with_types(model)
     graph = model.graph
     known = {tensor.name: tensor for tensor in graph.initializer}
     ports = {port.name for port in (*graph.input, *graph.output)}
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
-    types |= {name: tensor.data_type for name, tensor in known.items()}
     found = []
     for value in (*graph.input, *graph.value_info, *graph.output):
         rank = len(value.type.tensor_type.shape.dim)
         if rank > MOST_DIMENSIONS:
             found.append(f"{value.name}: {rank} dimensions")
-        if value.type.tensor_type.elem_type == TensorProto.UINT8 and value.name not in ports:
+        if types[value.name] == "UINT8" and value.name not in ports:
             found.append(f"{value.name}: UINT8 inside the graph")
     for node in graph.node:
-        where = f"{node.op_type} {node.output[0]}"
-        if node.op_type not in TYPES or node.domain:
-            found.append(f"{where}: no such operator")
-            continue
-        checked = [node.input[0], *([node.output[0]] if node.op_type == "Cast" else [])]
-        for name in checked:
-            kind = TensorProto.DataType.Name(types.get(name, 0))
-            if kind not in TYPES[node.op_type]:
-                found.append(f"{where}: {kind} {name}")
+        found += not_in_table(node, types, TYPES)
         text, holds = RESTRICTIONS.get(node.op_type, ("", lambda node, known: True))
         if not holds(node, known):
-            found.append(f"{where}: expected that {text}")
+            found.append(f"{node.op_type} {node.output[0]}: expected that {text}")
     return found

@@ -1,4 +1,4 @@
-"""TensorRT without a GPU: graphs that it takes, and profiles that cover the loop."""
+"""TensorRT and ONNX Runtime's CUDA provider without a GPU: graphs that they take, and profiles that cover the loop."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from conftest import modulation
 from host_device import HostBackend, HostDevice, HostLane
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime_cuda_kernels import KERNELS
+from operator_types import not_in_table, with_types
 from tensorrt_operators import objections
 
 from enat import Pipeline
@@ -65,12 +67,24 @@ def test_tensorrt_takes_the_bundled_engine(fp16: Path, int8: Path, int8_fp16: Pa
             assert objections(onnx.load(path)) == [], (engine.name, graph)
 
 
-def test_the_table_objects(precisions: dict[str, Path]) -> None:
-    """The check itself: int8 graphs as they are for CPUs do not pass, nor does an operator that TensorRT lacks."""
+def test_every_graph_has_kernels_for_cuda(fp16: Path, int8: Path, int8_fp16: Path) -> None:
+    """On ONNX Runtime, whose CUDA provider runs engines as they are."""
+    for engine in (BUNDLED_ENGINE, fp16, int8, int8_fp16):
+        for graph in GRAPHS:
+            model, types = with_types(onnx.load(engine / f"{graph}.onnx"))
+            assert [imported.version for imported in model.opset_import] == [20]  # which the table is of
+            assert [line for node in model.graph.node for line in not_in_table(node, types, KERNELS)] == [], (engine.name, graph)
+
+
+def test_the_tables_object(precisions: dict[str, Path]) -> None:
+    """The checks themselves: int8 graphs as they are for CPUs do not pass, nor does an operator that TensorRT lacks."""
     found = objections(onnx.load(precisions["int8"] / "encoder.onnx"))
     assert any("the zero point is 0" in line for line in found) and any("UINT8 inside" in line for line in found)
     text = '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (int64[m, n] y) { y = NonZero(x) }'
     assert objections(onnx.parser.parse_model(text)) == ["NonZero y: no such operator"]
+    text = '<ir_version: 10, opset_import: ["": 20]> g (uint8[1, 4, 2, 2] x) => (uint8[1, 1, 4, 4] y) { y = DepthToSpace<blocksize=2>(x) }'
+    model, types = with_types(onnx.parser.parse_model(text))
+    assert not_in_table(model.graph.node[0], types, KERNELS) == ["DepthToSpace y: UINT8 x"]
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fp16"])
