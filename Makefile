@@ -5,7 +5,7 @@ INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraint
 PACKAGE = --no-deps --force-reinstall .
 export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
 
-.PHONY: demo test test-slow test-quality test-gpu clean
+.PHONY: demo test test-slow test-oldest test-quality test-gpu clean
 
 # Draws a sheet with the bundled engine, without PyTorch.
 demo: .venv/demo/ready
@@ -31,6 +31,12 @@ test-slow: .venv/test/ready .venv/triton/ready
 	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/python -m pytest -m slow
+
+# The same tests with the oldest versions that pyproject.toml allows.
+test-oldest: .venv/oldest/ready .venv/triton/ready
+	rm -rf build *.egg-info
+	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q $(PACKAGE)
+	.venv/oldest/bin/python -m pytest
 
 # Half an hour: do 20,160 pictures drawn in 8 bits look like those in float32? With the figures of docs/PRECISION.md.
 test-quality: .venv/test/ready
@@ -72,6 +78,13 @@ test-gpu: .venv/gpu/ready
 	.venv/test/$(INSTALL) ".[cpu,export,calibration,plot,test]"
 	.venv/test/bin/python -m pip --disable-pip-version-check install -q --no-deps --upgrade --target .venv/tensorrt-11 \
 		tensorrt-cu13-bindings==11.4.0.106
+	touch $@
+
+.venv/oldest/ready: pyproject.toml tests/oldest_versions.py
+	$(PYTHON) -m venv --clear .venv/oldest
+	.venv/oldest/bin/python tests/oldest_versions.py > .venv/oldest/constraints.txt
+	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q -c .venv/oldest/constraints.txt torch
+	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q -c .venv/oldest/constraints.txt ".[cpu,openvino,export,calibration,plot,test]"
 	touch $@
 
 clean:
