@@ -1,7 +1,7 @@
 # From a fresh clone: make demo, make test, make test-slow. Everything else is set up here, in .venv/.
 PYTHON ?= python3
 TRITON_PYTHON ?= $(PYTHON)
-INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt
+INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -c tests/constraints.txt
 PACKAGE = --no-deps --force-reinstall .
 export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
 
@@ -50,7 +50,7 @@ test-gpu: .venv/gpu/ready
 	.venv/gpu/$(INSTALL) $(PACKAGE)
 	.venv/gpu/bin/python -m pytest tests/test_gpu.py -rsP
 
-.venv/gpu/ready: pyproject.toml constraints.txt
+.venv/gpu/ready: pyproject.toml constraints.txt tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv/gpu
 	.venv/gpu/$(INSTALL) ".[gpu,calibration]" pytest hypothesis || \
 		{ echo "TensorRT cannot be installed here; its tests are left out"; .venv/gpu/$(INSTALL) ".[cuda,calibration]" pytest hypothesis; }
@@ -67,12 +67,12 @@ test-gpu: .venv/gpu/ready
 		echo "Triton's server needs Python 3.11 or 3.12 (TRITON_PYTHON=python3.12); its tests are left out"; \
 	fi
 
-.venv/demo/ready: pyproject.toml constraints.txt
+.venv/demo/ready: pyproject.toml constraints.txt tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv/demo
 	.venv/demo/$(INSTALL) ".[cpu]"
 	touch $@
 
-.venv/test/ready: pyproject.toml constraints.txt
+.venv/test/ready: pyproject.toml constraints.txt tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv/test
 	.venv/test/$(INSTALL) torch
 	.venv/test/$(INSTALL) ".[cpu,export,calibration,plot,test]"
