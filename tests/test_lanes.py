@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -237,6 +239,27 @@ def test_a_process_that_is_forked(lanes: Lanes[Numbered], tmp_path: Path) -> Non
     with ThreadPoolExecutor(1) as pool, lanes.lease():
         assert pool.submit(in_child, "busy").result().startswith("the pipeline was drawing when this process was forked")
     assert in_child("idle again") == "drawn"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("close", ["", "pipeline.close()", "del pipeline"])
+def test_a_process_that_is_forked_comes_to_an_end(engines: Callable[[str], Path], backend: str, close: str) -> None:
+    """Threads of ONNX Runtime and OpenVINO, for which they wait when they are taken down, are not in it."""
+    code = f"""
+import os
+from enat import Pipeline
+pipeline = Pipeline.load({str(engines("tiny"))!r}, {backend!r})
+pipeline.generate(1, seed=1)
+if not os.fork():
+    print(pipeline.generate(1, seed=1).sum())
+    {close}
+else:
+    _, status = os.wait()
+    print(pipeline.generate(1, seed=1).sum(), status)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    child, parent = said.splitlines()
+    assert parent == f"{child} 0"
 
 
 @pytest.mark.parametrize("slots", [1, 2])

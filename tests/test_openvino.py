@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino as ov
 import pytest
 from conftest import invoke, list_anew, refused
@@ -27,6 +28,7 @@ from openvino import opset13 as ops
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
+from enat.runtime import backends
 from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import CompiledGraphs, graph_options
@@ -402,3 +404,56 @@ def test_auto_takes_it_where_there_is_nothing_else(tmp_path: Path) -> None:
     code = "import sys; sys.modules['onnxruntime'] = None; from enat import Pipeline; print(Pipeline.load().backend.name)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "openvino"
+
+
+def test_auto_passes_over_it_where_it_cannot_compile_a_graph(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backends, "WIDE", 0)  # so that OpenVINO is tried first
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    with Pipeline.load(engine_copy) as pipeline:
+        assert pipeline.backend.name == "openvino"
+    with Pipeline.load(engine_copy, "onnxruntime") as pipeline:
+        wanted = pipeline.generate_tokens(1, seed=1)
+    model = onnx.load(engine_copy / "encoder.onnx")
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
+    # Operators of ONNX Runtime's own, which change nothing.
+    model.graph.initializer.append(onnx.helper.make_tensor("axis", onnx.TensorProto.INT32, [], [0]))
+    model.graph.initializer.append(onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [0]))
+    model.graph.node.append(onnx.helper.make_node("ExpandDims", [f"{output}_before", "axis"], ["expanded"], domain="com.microsoft"))
+    model.graph.node.append(onnx.helper.make_node("Squeeze", ["expanded", "axes"], [output]))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, engine_copy / "encoder.onnx")
+    with pytest.warns(RuntimeWarning, match=r"openvino is passed over: .*encoder\.onnx: OpenVINO .* cannot load it"):
+        pipeline = Pipeline.load(list_anew(engine_copy))
+    with pipeline:
+        assert pipeline.backend.name == "onnxruntime"
+        assert (pipeline.generate_tokens(1, seed=1) == wanted).all()
+
+
+@pytest.mark.parametrize("loaded", ["", "generate_tokens", "generate"])
+def test_a_process_that_is_forked(tmp_path: Path, loaded: str) -> None:
+    """What is loaded is drawn with; for what is not, OpenVINO would wait forever."""
+    code = f"""
+import os
+from enat import BackendError, Pipeline
+pipeline = Pipeline.load(backend="openvino")
+{f"pipeline.{loaded}(7, seed=1)" if loaded else ""}
+if os.fork():
+    os.wait()
+print(pipeline.generate_tokens(7, seed=1).sum(), flush=True)
+if os.getppid() == {os.getpid()}:
+    raise SystemExit
+try:
+    print(pipeline.encode(pipeline.generate(7, seed=1)).sum())
+    print(Pipeline.load(backend="openvino").generate_tokens(7, seed=1).sum())
+except BackendError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60).stdout
+    *child, parent = said.splitlines()
+    assert child[0] == parent
+    if loaded:
+        assert child[1].startswith("OpenVINO loaded graphs before this process was forked")
+    else:
+        assert child[2] == parent

@@ -5,6 +5,7 @@ The loop treats a backend's tensors as opaque: it never looks into one, so they 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -82,6 +83,13 @@ class Backend(Protocol):
         """Gives back what the backend holds: what is in use, when its batch is done."""
 
 
+class Candidate(Backend, Protocol):
+    """One of BACKENDS."""
+
+    def try_graphs(self) -> None:
+        """Makes sure that the engine's graphs can be run, where that is not sure yet. Raises BackendError, EngineError."""
+
+
 def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: int | None = None, slots: int = 1) -> Backend:
     """Loads an engine's graphs into a backend.
 
@@ -109,6 +117,10 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     for candidate in in_order(kind, manifest.model.dim):
         try:
             backend = load_backend(candidate, kind, manifest, device, threads, slots)
+            with contextlib.ExitStack() as stack:
+                stack.callback(backend.close)
+                backend.try_graphs()
+                stack.pop_all()
         except (BackendError, EngineError) as error:
             reasons.append(str(error))
             if not isinstance(error.__cause__, ImportError) and (candidate != "tensorrt" or manifest.builds):
@@ -125,14 +137,14 @@ def in_order(kind: str, dim: int) -> Sequence[str]:
     return AUTO[kind][::-1] if kind == "cpu" and dim < WIDE else AUTO[kind]
 
 
-def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Backend:
+def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Candidate:
     if kind not in BACKENDS[name]:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
     if kind == "cpu" and device != kind:
         raise InputError(f"expected the device cpu, got {device!r}")
     module, cls = BACKENDS[name][kind]
     try:
-        backend: Backend = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
+        backend: Candidate = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
     except ImportError as error:
         extra = EXTRAS.get(name, EXTRAS[kind])
         raise BackendError(f'the backend {name} is not installed ({error}); install it with: pip install "enat[{extra}]"') from error

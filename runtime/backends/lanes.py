@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ...errors import BackendError, InputError
 
@@ -34,8 +36,26 @@ class LaneBackend(Generic[AnyLane]):
     def lease(self) -> AbstractContextManager[AnyLane]:
         return self.lanes.lease()
 
+    def try_graphs(self) -> None:
+        """Nothing to do for a backend that is sure of them once it is loaded, or that auto tries last."""
+
     def close(self) -> None:
         self.lanes.close()
+
+
+ALL: weakref.WeakSet[Lanes[Any]] = weakref.WeakSet()
+
+
+def inherit_all() -> None:
+    """In a process that was just forked: libraries wait for their threads when what they made is taken down, and these are not in it. So
+    it is left to the end of the process, which would wait, too, if Python took down what it still knows."""
+    for lanes in ALL:
+        lanes.inherited = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(lanes))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=inherit_all)
 
 
 class Lanes(Generic[AnyLane]):
@@ -55,6 +75,8 @@ class Lanes(Generic[AnyLane]):
         self.waiting: deque[Future[AnyLane | None]] = deque()
         self.closed = False
         self.process = os.getpid()
+        self.inherited = False  # by a process that was forked
+        ALL.add(self)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[AnyLane]:
@@ -112,7 +134,7 @@ class Lanes(Generic[AnyLane]):
             if self.waiting:
                 self.waiting.popleft().set_result(lane)
                 return
-            if not self.closed:
+            if not self.closed or self.inherited:
                 self.free.append(lane)
                 return
         try:
@@ -129,7 +151,9 @@ class Lanes(Generic[AnyLane]):
         """Closes what is not in use; the rest when it is given back. Who waits for a lane is refused."""
         with self.lock:
             self.closed = True
-            free, self.free = self.free, []
+            free: list[AnyLane | None] = []
+            if not self.inherited:
+                free, self.free = self.free, free
             while self.waiting:
                 self.waiting.popleft().set_exception(BackendError(CLOSED))
         with contextlib.ExitStack() as stack:  # each of them, whatever closing another one raises

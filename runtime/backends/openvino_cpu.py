@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 import threading
 import time
@@ -28,12 +29,35 @@ from .openvino_graphs import rewrite
 
 FIRST, FOLLOWING = "condition", ("decoder", "sampler", "encoder", "image_decoder")  # what a batch of pictures runs, in this order
 
-
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 TRIM_SECONDS = 1.0
 
 
+class ThreadedProcess:
+    """The process that OpenVINO has started threads in. One that is forked from it has none of them, and whatever OpenVINO loads there
+    would wait for them forever; graphs that are loaded already run in it, by one thread.
+    """
+
+    number: int | None = None
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises BackendError in a process that was forked from it."""
+        if cls.number not in (None, os.getpid()):
+            raise BackendError(
+                "OpenVINO loaded graphs before this process was forked, and would wait here for threads that it had there; "
+                "load engines after the fork alone, or start processes by spawn"
+            )
+
+    @classmethod
+    def enter(cls) -> None:
+        """To be called before OpenVINO starts threads."""
+        cls.check()
+        cls.number = os.getpid()
+
+
 def int8_saturates(core: ov.Core) -> bool:
+    ThreadedProcess.enter()
     probe = core.compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return saturate(lambda x: probe(x)[0])
 
@@ -58,6 +82,7 @@ class CompiledGraphs:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs."""
 
     def __init__(self, manifest: Manifest, threads: int | None) -> None:
+        ThreadedProcess.check()
         self.manifest = manifest
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
@@ -76,6 +101,8 @@ class CompiledGraphs:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
         following = [one for one in FOLLOWING if self.manifest.has(f"{one}.onnx") and self.cache.keeps(one)] if graph == FIRST else []
         with self.lock:
+            if graph not in self.loading or not self.loading[graph].done():
+                ThreadedProcess.enter()
             for one in (graph, *following):
                 if one not in self.loading:
                     self.loading[one] = self.loader.submit(self.load_now, one)
@@ -111,6 +138,12 @@ class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
         self.graphs = graphs = CompiledGraphs(manifest, threads)
         self.lanes = Lanes(lambda: OpenVinoLane(graphs), slots, graphs.close)
         self.trimmed = 0.0  # when, by the monotonic clock
+
+    def try_graphs(self) -> None:
+        """Compiles what is not kept in the cache folder yet; of that, OpenVINO may refuse an operator on some CPU."""
+        for graph in (FIRST, *FOLLOWING):
+            if self.graphs.manifest.has(f"{graph}.onnx") and not self.graphs.cache.keeps(graph):
+                self.graphs.load(graph).result()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[OpenVinoLane]:
