@@ -46,7 +46,7 @@ class ThreadedProcess:
         if cls.number not in (None, os.getpid()):
             raise BackendError(
                 "OpenVINO loaded graphs before this process was forked, and would wait here for threads that it had there; "
-                "load engines after the fork alone, or start processes by spawn"
+                "load engines only after the fork, or start processes by spawn"
             )
 
     @classmethod
