@@ -1,7 +1,8 @@
 # From a fresh clone: make demo, make test, make test-slow. Everything else is set up here, in .venv/.
 PYTHON ?= python3
 TRITON_PYTHON ?= $(PYTHON)
-INSTALL = bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -c tests/constraints.txt
+PIP = bin/python -m pip --disable-pip-version-check install -q
+INSTALL = $(PIP) -c constraints.txt -c tests/constraints.txt
 PACKAGE = --no-deps --force-reinstall .
 export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
 
@@ -35,7 +36,7 @@ test-slow: .venv/test/ready .venv/triton/ready
 # The same tests with the oldest versions that pyproject.toml allows.
 test-oldest: .venv/oldest/ready .venv/triton/ready
 	rm -rf build *.egg-info
-	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q $(PACKAGE)
+	.venv/oldest/$(PIP) $(PACKAGE)
 	.venv/oldest/bin/python -m pytest
 
 # Half an hour: do 20,160 pictures drawn in 8 bits look like those in float32? With the figures of docs/PRECISION.md.
@@ -60,7 +61,7 @@ test-gpu: .venv/gpu/ready
 .venv/triton/ready: requirements-triton.txt
 	if $(TRITON_PYTHON) -c "import sys; sys.exit(sys.version_info >= (3, 13))"; then \
 		$(TRITON_PYTHON) -m venv --clear .venv/triton && \
-		.venv/triton/bin/python -m pip --disable-pip-version-check install -q -r requirements-triton.txt && \
+		.venv/triton/$(PIP) -r requirements-triton.txt && \
 		touch $@; \
 	else \
 		rm -rf .venv/triton; \
@@ -76,15 +77,15 @@ test-gpu: .venv/gpu/ready
 	$(PYTHON) -m venv --clear .venv/test
 	.venv/test/$(INSTALL) torch
 	.venv/test/$(INSTALL) ".[cpu,export,calibration,plot,test]"
-	.venv/test/bin/python -m pip --disable-pip-version-check install -q --no-deps --upgrade --target .venv/tensorrt-11 \
+	.venv/test/$(PIP) --no-deps --upgrade --target .venv/tensorrt-11 \
 		tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
 .venv/oldest/ready: pyproject.toml tests/oldest_versions.py
 	$(PYTHON) -m venv --clear .venv/oldest
 	.venv/oldest/bin/python tests/oldest_versions.py > .venv/oldest/constraints.txt
-	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q -c .venv/oldest/constraints.txt torch
-	.venv/oldest/bin/python -m pip --disable-pip-version-check install -q -c .venv/oldest/constraints.txt ".[cpu,openvino,export,calibration,plot,test]"
+	.venv/oldest/$(PIP) -c .venv/oldest/constraints.txt torch
+	.venv/oldest/$(PIP) -c .venv/oldest/constraints.txt ".[cpu,openvino,export,calibration,plot,test]"
 	touch $@
 
 clean:

@@ -47,11 +47,8 @@ ALL: weakref.WeakSet[Lanes[Any]] = weakref.WeakSet()
 
 
 def inherit_all() -> None:
-    """In a process that was just forked: libraries wait for their threads when what they made is taken down, and these are not in it. So
-    it is left to the end of the process, which would wait, too, if Python took down what it still knows."""
     for lanes in ALL:
-        lanes.inherited = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(lanes))
+        lanes.inherit()
 
 
 if hasattr(os, "register_at_fork"):
@@ -74,8 +71,8 @@ class Lanes(Generic[AnyLane]):
         self.holders: set[int] = set()  # threads
         self.waiting: deque[Future[AnyLane | None]] = deque()
         self.closed = False
-        self.process = os.getpid()
         self.inherited = False  # by a process that was forked
+        self.lost = False  # lanes, to threads of the process that it was forked from
         ALL.add(self)
 
     @contextlib.contextmanager
@@ -85,8 +82,8 @@ class Lanes(Generic[AnyLane]):
         Raises BackendError once the lanes are closed, or in a process that was forked while they were in use, InputError for a thread
         that has one already and might wait for itself.
         """
-        if self.process != os.getpid():
-            self.enter_process()
+        if self.lost:
+            raise BackendError("the pipeline was drawing when this process was forked; load it here, or start processes by spawn")
         thread = threading.get_ident()
         if thread in self.holders:
             raise InputError("a callback must not ask its pipeline for other pictures: the batch being drawn holds the slot")
@@ -104,11 +101,13 @@ class Lanes(Generic[AnyLane]):
             self.holders.discard(thread)
             self.end(turn, lane)
 
-    def enter_process(self) -> None:
-        """In a process that was forked: threads that hold lanes are not in it, and would never give them back."""
-        if self.holders or self.lock.locked():
-            raise BackendError("the pipeline was drawing when this process was forked; load it here, or start processes by spawn")
-        self.process = os.getpid()
+    def inherit(self) -> None:
+        """In a process that was just forked. Threads that hold lanes are not in it, and would never give them back. Nor are those of
+        libraries, which wait for them when what they made is taken down: that is left to the end of the process, and kept from Python
+        there."""
+        self.inherited = True
+        self.lost = bool(self.holders) or self.lock.locked()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def ask(self, turn: Future[AnyLane | None]) -> None:
         """Has the turn get a lane, now or when it is its turn. Raises BackendError."""

@@ -84,6 +84,7 @@ class CompiledGraphs:
     def __init__(self, manifest: Manifest, threads: int | None) -> None:
         ThreadedProcess.check()
         self.manifest = manifest
+        self.following = [graph for graph in FOLLOWING if manifest.has(f"{graph}.onnx")]
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
             raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
@@ -99,7 +100,7 @@ class CompiledGraphs:
 
     def load(self, graph: str) -> Future[CompiledGraph]:
         """Begins to load a graph, where that has not begun yet; with a batch's first one, those after it that are kept, too."""
-        following = [one for one in FOLLOWING if self.manifest.has(f"{one}.onnx") and self.cache.keeps(one)] if graph == FIRST else []
+        following = [one for one in self.following if self.cache.keeps(one)] if graph == FIRST else []
         with self.lock:
             if graph not in self.loading or not self.loading[graph].done():
                 ThreadedProcess.enter()
@@ -107,6 +108,12 @@ class CompiledGraphs:
                 if one not in self.loading:
                     self.loading[one] = self.loader.submit(self.load_now, one)
             return self.loading[graph]
+
+    def compile_all(self) -> None:
+        """What a batch runs and the cache folder does not keep yet."""
+        for graph in (FIRST, *self.following):
+            if not self.cache.keeps(graph):
+                self.load(graph).result()
 
     def load_now(self, graph: str) -> CompiledGraph:
         try:
@@ -140,10 +147,8 @@ class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
         self.trimmed = 0.0  # when, by the monotonic clock
 
     def try_graphs(self) -> None:
-        """Compiles what is not kept in the cache folder yet; of that, OpenVINO may refuse an operator on some CPU."""
-        for graph in (FIRST, *FOLLOWING):
-            if self.graphs.manifest.has(f"{graph}.onnx") and not self.graphs.cache.keeps(graph):
-                self.graphs.load(graph).result()
+        """Of a graph that it has not compiled yet, OpenVINO may refuse an operator on some CPU."""
+        self.graphs.compile_all()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[OpenVinoLane]:
