@@ -94,7 +94,7 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
     assert found.psnr is not None and found.psnr >= psnr
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("fp16", {*GRAPHS}), ("int8", {"decoder"})])
+@pytest.mark.parametrize(("name", "graphs"), [("fp16", {*GRAPHS}), ("int8", {"encoder", "decoder", "image_decoder"})])
 def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, graphs: set[str]) -> None:
     """Where the CPU does, which decides what a compiled graph is kept for."""
     with Pipeline.load(precisions[name], "openvino") as engine:
@@ -142,21 +142,23 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     decoder = {"tokens": tokens, "positions": np.tile(np.arange(length), (2, 1))}
     changes = {
         "MatMul": ("encoder", encoder, openvino_graphs.split_heads_of_parts),
-        "Add": ("encoder", encoder, openvino_graphs.gather_shift),
+        "Parameter": ("encoder", encoder, openvino_graphs.spread_modulation),
         "MVN": ("image_decoder", decoder, openvino_graphs.spell_out_group_norm),
     }
-    left = {}
+    rewritten = {}
     for kind, (graph, inputs, change) in changes.items():
         plain, changed = (core.read_model(manifest.path(f"{graph}.onnx")) for _ in range(2))
         for node in of_kind(changed, kind):
             change(node)
-        left[kind] = of_kind(changed, kind)
+        rewritten[kind] = changed
         compiled = (core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for model in (plain, changed))
         wanted, found = (model(inputs)[0].astype(np.float32) for model in compiled)
         assert np.abs(found - wanted).max() <= (1 if kind == "MVN" else 1e-4 * np.abs(wanted).max())
-    assert sum(node.get_attributes()["transpose_b"] for node in left["MatMul"]) == depth
-    assert not any(value.get_node().get_type_name() == "Split" for node in left["Add"] for value in node.input_values())
-    assert not left["MVN"]
+    assert sum(node.get_attributes()["transpose_b"] for node in of_kind(rewritten["MatMul"], "MatMul")) == depth
+    assert len(of_kind(rewritten["Parameter"], "Split")) == 2  # scales, gates
+    additions = of_kind(rewritten["Parameter"], "Add")
+    assert not any(value.get_node().get_type_name() == "Split" for node in additions for value in node.input_values())
+    assert not of_kind(rewritten["MVN"], "MVN")
 
 
 def test_blocks_of_pixels_have_a_kernel(precisions: dict[str, Path]) -> None:
@@ -171,6 +173,23 @@ def test_blocks_of_pixels_have_a_kernel(precisions: dict[str, Path]) -> None:
     assert not any(node.get_output_partial_shape(0).rank.get_length() == 6 for node in of_kind(model, "Reshape"))
 
 
+def test_outputs_of_8_bit_convolutions_stay_float(precisions: dict[str, Path], reference: Pipeline) -> None:
+    """Quantized, as ONNX Runtime needs them, only where a convolution reads them; pictures are nearer to float32's than ONNX Runtime's."""
+    model = ov.Core().read_model(precisions["int8"] / "image_decoder.onnx")
+    openvino_graphs.rewrite(model)
+    for quantize in of_kind(model, "FakeQuantize"):
+        assert openvino_graphs.convolution_behind(quantize.input_value(0)) is None
+
+    classes = list(range(0, 36, 3))
+    tokens = reference.generate_tokens(classes, seed=3)
+    wanted = reference.decode(tokens).astype(float)
+    error = {}
+    for backend in ("openvino", "onnxruntime"):
+        with Pipeline.load(precisions["int8"], backend=backend) as pipeline:
+            error[backend] = ((pipeline.decode(tokens) - wanted) ** 2).mean()
+    assert error["openvino"] < error["onnxruntime"] / 1.5
+
+
 @pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])
 def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
     """Values that need few of the 256 steps, far from 0: what comes out is taken into 256 steps of some 0.03 again."""
@@ -178,12 +197,13 @@ def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
     rng = np.random.default_rng(0)
     codes = rng.normal(mean, deviation, (2, channels, side, side)).round().clip(0, 255).astype(np.uint8)
     scale, shift = rng.normal(size=(2, 1, groups, 1)).astype(np.float32)
+    weight, bias = rng.normal(size=(2, 1, channels, 1, 1)).astype(np.float32)
 
     given = ops.parameter([-1, channels, side, side], np.uint8)
     x = ops.multiply(ops.subtract(ops.convert(given, "f32"), np.float32(zero)), np.float32(step))
     normalized = ops.mvn(ops.reshape(x, [0, groups, -1], True), [2], True, epsilon, "inside_sqrt")
     y = ops.reshape(ops.add(ops.multiply(normalized, scale), shift), [0, channels, side, side], True)
-    model = ov.Model([y], [given])
+    model = ov.Model([ops.add(ops.multiply(y, weight), bias)], [given])
     for node in of_kind(model, "MVN"):
         openvino_graphs.spell_out_group_norm(node)
     assert not of_kind(model, "MVN")
@@ -191,7 +211,7 @@ def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
 
     values = ((codes - float(zero)) * step).reshape(2, groups, -1)
     wanted = (values - values.mean(2, keepdims=True)) / np.sqrt(values.var(2, keepdims=True) + epsilon) * scale + shift
-    assert np.abs(found - wanted.reshape(found.shape)).max() < 5e-3
+    assert np.abs(found - (wanted.reshape(found.shape) * weight + bias)).max() < 5e-3
 
 
 def of_kind(model: ov.Model, kind: str) -> list[Any]:

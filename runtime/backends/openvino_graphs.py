@@ -12,16 +12,18 @@ from openvino import opset13 as ops
 
 def rewrite(model: Model) -> dict[str, str]:
     """Changes a graph of an engine in place. Returns the settings that it must be compiled with."""
-    nodes = model.get_ordered_ops()
-    quantized = any(node.get_type_name() == "FakeQuantize" for node in nodes)
-    for node in nodes:
+    quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
+    for node in quantizations:
+        keep_output_float(node)
+    model.validate_nodes_and_infer_types()
+    for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul":
             split_heads_of_parts(node)
-        elif node.get_type_name() == "Add":
-            gather_shift(node)
+        elif node.get_type_name() == "Parameter":
+            spread_modulation(node)
         elif node.get_type_name() == "Transpose":
             join_shuffle(node)
-        elif node.get_type_name() == "MVN" and quantized:
+        elif node.get_type_name() == "MVN" and quantizations:
             spell_out_group_norm(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
     # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
@@ -49,17 +51,46 @@ def split_heads_of_parts(product: Any) -> None:
     product.output(0).replace(changed.output(0))
 
 
-def gather_shift(addition: Any) -> None:
-    """A modulation's shift, one of the parts of a Split: taken by itself, since OpenVINO joins no Add that reads a Split with what is
-    before it, and scaling, shifting and quantizing would pass over the features twice.
+def spread_modulation(parameter: Any) -> None:
+    """The modulation of all blocks is taken apart at once, and not block by block and vector by vector, for which OpenVINO has a dozen
+    nodes a block that copy a few thousand numbers each: [rows, blocks, vectors, dim] → scales and gates, by a Split of each kind.
+
+    Shifts are gathered one by one: OpenVINO joins no Add that reads a Split with what is before it, and scaling, shifting and
+    quantizing would pass over the features twice. Gates are apart from scales since in bfloat16 they alone meet float32.
     """
-    for port in addition.inputs():
-        value = port.get_source_output()
-        split = value.get_node()
-        if split.get_type_name() == "Split":
-            axis = constant_behind(split.input_value(1))
-            if axis is not None and value.get_partial_shape()[int(axis)] == 1:
-                port.replace_source_output(ops.gather(split.input_value(0), integers(value.get_index()), integers(int(axis))).output(0))
+    shape = list(parameter.get_output_partial_shape(0))
+    readers = [port.get_node() for port in parameter.output(0).get_target_inputs()]
+    gathers = [node for node in readers if node.get_type_name() == "Gather"]
+    if len(shape) != 4 or any(dimension.is_dynamic for dimension in shape[1:]):
+        return
+    blocks, dim = shape[1].get_length(), shape[3].get_length()
+    kinds: dict[str, list[tuple[int, int, Any]]] = {"shift": [], "scale": [], "gate": []}
+    for gather in gathers:
+        block, split = constant_behind(gather.input_value(1)), reader(gather, "Split")
+        for vector, output in enumerate(split.outputs() if split is not None and block is not None else []):
+            kinds[kind_of_modulation(output)].append((int(block), vector, output))  # type: ignore[arg-type]
+    for kind, outputs in kinds.items():
+        vectors = sorted({vector for _, vector, _ in outputs})
+        count = blocks * len(vectors)
+        if not vectors:
+            continue
+        chosen = ops.reshape(ops.gather(parameter, integers(*vectors), integers(2)), integers(0, count, dim), special_zero=True)
+        parts = ops.split(chosen, ops.constant(np.int64(1)), count) if kind != "shift" else None
+        for block, vector, output in outputs:
+            place = block * len(vectors) + vectors.index(vector)
+            output.replace(parts.output(place) if parts else ops.gather(chosen, integers(place), integers(1)).output(0))
+
+
+def kind_of_modulation(vector: Any) -> str:
+    """What is added is a shift, what normalized features are multiplied by before that, a scale; what outputs of layers are, a gate."""
+    for port in vector.get_target_inputs():
+        node = port.get_node()
+        addition = reader(node, "Add")
+        if node.get_type_name() == "Add":
+            return "shift"
+        if addition is not None and addition.input_value(1).get_node().get_type_name() == "Split":
+            return "scale"
+    return "gate"
 
 
 def join_shuffle(last: Any) -> None:
@@ -78,18 +109,40 @@ def join_shuffle(last: Any) -> None:
         last.output(0).replace(ops.depth_to_space(value, "blocks_first", shapes[1][3]).output(0))
 
 
+def keep_output_float(quantize: Any) -> None:
+    """What a convolution gives is left as it is, unless another convolution reads it: to be 8 bits in between suits ONNX Runtime, which
+    convolves in 8 bits only so. OpenVINO would pass over the features once more to make floats of them, and they lose digits.
+    """
+    if convolution_behind(quantize.input_value(0)) is None:
+        return
+    narrowed = reader(quantize, "Convert")
+    widened = narrowed
+    while widened is not None and (widened is narrowed or widened.get_type_name() != "Convert"):  # past what moves the 8-bit values
+        widened = reader(widened)
+    dequantized = reader(reader(widened, "Subtract"), "Multiply")
+    if dequantized is None or any(port.get_node().get_type_name() == "Convolution" for port in dequantized.output(0).get_target_inputs()):
+        return
+    # A limit that is never met: where sums and means read a convolution's output itself, OpenVINO's 8-bit pass takes the scales of
+    # its weights through them, wrongly (16 dB in place of 44).
+    limit = float(np.finfo(np.float32).max)
+    narrowed.output(0).replace(ops.clamp(quantize.input_value(0), -limit, limit).output(0))
+    dequantized.output(0).replace(widened.input_value(0))
+
+
 def spell_out_group_norm(normalization: Any) -> None:
-    """GroupNorm, which ONNX graphs have as reshape → InstanceNormalization → reshape, as x · a + b with a and b of each channel.
+    """GroupNorm, which ONNX graphs have as reshape → InstanceNormalization → reshape, and the factors and offsets of each channel behind
+    it, as x · a + b with a and b of each channel.
 
     OpenVINO's 8-bit pass moves the scales of 8-bit values through an MVN as if it had no epsilon: wrong pictures where features are
-    small. Written so it also needs no change of layout, and passes over the features three times: for the means of x and of x², and to
-    scale them. E[x²] - E[x]² loses digits where the mean is far above the deviation; of 8-bit values it is at most some hundred times.
-    (ReduceL2 is as fast, but OpenVINO 2025.4 to 2026.4 cannot load it on ARM.)
+    small. Written so it also needs no change of layout, and passes over the features three times: for the mean, for that of the squared
+    differences from it, and to scale them. (E[x²] - E[x]² has no digits left in bfloat16.)
     """
     split, scaled = normalization.input_value(0).get_node(), reader(normalization, "Multiply")
     shifted = reader(scaled, "Add")
     joined = reader(shifted, "Reshape")
-    if split.get_type_name() != "Reshape" or joined is None:
+    multiplied = reader(joined, "Multiply")
+    last = reader(multiplied, "Add")
+    if split.get_type_name() != "Reshape" or last is None:
         return
     x = split.input_value(0)
     shape = x.get_partial_shape()
@@ -97,31 +150,38 @@ def spell_out_group_norm(normalization: Any) -> None:
         return
     channels = list(shape)[1].get_length()
     groups = split.output(0).get_partial_shape()[1].get_length()
-    scale, shift = (constant_behind(node.input_value(1)) for node in (scaled, shifted))
-    if scale is None or shift is None:
+    constants = [constant_behind(node.input_value(1)) for node in (scaled, shifted, multiplied, last)]
+    if any(constant is None or constant.size not in (groups, channels) for constant in constants):
         return
+    scale, shift, weight, bias = (np.repeat(np.float32(c).ravel(), channels // c.size).reshape(1, channels, 1, 1) for c in constants)
     size, epsilon = channels // groups, normalization.get_attributes()["eps"]
-
-    def of_channels(values: Any) -> Any:
-        return ops.constant(np.repeat(np.float32(values).reshape(groups), size).reshape(1, channels, 1, 1))
-
-    def group_means(of_each_channel: Any) -> Any:
-        """[batch, channels, 1, 1], the same for all channels of a group. As a convolution, which keeps the features' layout."""
-        return ops.convolution(of_each_channel, averages, [1, 1], [0, 0], [0, 0], [1, 1])
-
     averages = ops.constant(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)[..., None, None])
-    mean = group_means(ops.reduce_mean(x, integers(2, 3), keep_dims=True))
-    square = group_means(ops.reduce_mean(ops.multiply(x, x), integers(2, 3), keep_dims=True))
-    variance = ops.maximum(ops.subtract(square, ops.multiply(mean, mean)), scalar(0))
-    factor = ops.divide(of_channels(scale), ops.sqrt(ops.add(variance, scalar(epsilon))))
-    offset = ops.subtract(of_channels(shift), ops.multiply(mean, factor))
-    joined.output(0).replace(ops.add(ops.multiply(x, factor), offset).output(0))
+
+    def group_means(features: Any) -> Any:
+        """[batch, channels, 1, 1], the same for all channels of a group. As a convolution, which keeps the features' layout."""
+        means = ops.reduce_mean(features, integers(2, 3), keep_dims=True)
+        return ops.convolution(means, averages, [1, 1], [0, 0], [0, 0], [1, 1])
+
+    mean = group_means(x)
+    variance = group_means(ops.squared_difference(x, mean))
+    factor = ops.divide(ops.constant(scale * weight), ops.sqrt(ops.add(variance, scalar(epsilon))))
+    offset = ops.subtract(ops.constant(shift * weight + bias), ops.multiply(mean, factor))
+    last.output(0).replace(ops.add(ops.multiply(x, factor), offset).output(0))
 
 
-def reader(node: Any, kind: str) -> Any:
-    """The node of a kind that computes with a node's output; None where there is not exactly one."""
+def convolution_behind(value: Any) -> Any:
+    """The convolution that a value comes from, its bias added or not; None where it comes from something else."""
+    node = value.get_node()
+    if node.get_type_name() == "Add":
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Convolution" else None
+
+
+def reader(node: Any, kind: str = "") -> Any:
+    """The node, of a kind if one is named, that computes with a node's output; None where there is not exactly one."""
     targets = node.output(0).get_target_inputs() if node is not None else []
-    found = [target.get_node() for target in targets if target.get_index() == 0 and target.get_node().get_type_name() == kind]
+    readers = [target.get_node() for target in targets if target.get_index() == 0]
+    found = [one for one in readers if kind in ("", one.get_type_name())]
     return found[0] if len(found) == 1 else None
 
 
