@@ -141,7 +141,7 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     }
     decoder = {"tokens": tokens, "positions": np.tile(np.arange(length), (2, 1))}
     changes = {
-        "MatMul": ("encoder", encoder, openvino_graphs.split_heads_of_parts),
+        "MatMul": ("encoder", encoder, openvino_graphs.join_keys_and_values),
         "Parameter": ("encoder", encoder, openvino_graphs.spread_modulation),
         "MVN": ("image_decoder", decoder, openvino_graphs.spell_out_group_norm),
     }
