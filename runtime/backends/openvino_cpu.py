@@ -70,10 +70,11 @@ def wants_bfloat16(precision: str, graph: str) -> bool:
 
 def graph_options(precision: str, has_bfloat16: bool, threads: int | None, graph: str) -> dict[str, Any]:
     """OpenVINO's, to run a graph with."""
-    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}  # all threads work on one batch
+    # LATENCY: all threads work on one batch. By itself OpenVINO binds them to the machine's first cores: those of all processes that use
+    # some of them; and every graph has threads of its own, which are bound anew when another's turn comes.
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     if threads:
-        # By itself OpenVINO binds threads to the machine's first cores: those of all processes that use some of them.
-        options |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+        options["INFERENCE_NUM_THREADS"] = threads
     bfloat16 = has_bfloat16 and wants_bfloat16(precision, graph)
     return options | {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
 
