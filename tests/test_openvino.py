@@ -127,18 +127,22 @@ def test_kernels_that_saturate(precisions: dict[str, Path], tmp_path: Path) -> N
         assert draw("openvino").returncode == 0
 
 
+def encoder_inputs(manifest: Manifest) -> dict[str, NDArray[Any]]:
+    rng, model = np.random.default_rng(0), manifest.model
+    return {
+        "tokens": rng.integers(0, model.codes, (2, 9)),
+        "positions": np.tile(np.arange(9), (2, 1)),
+        "features": rng.standard_normal((4, 20, model.dim), np.float32),
+        "encoder_modulation": rng.standard_normal((4, model.encoder_depth, 8, model.dim), np.float32),
+    }
+
+
 def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     """Each graph as it is read, and rewritten; group norms too, which are rewritten in 8-bit graphs alone otherwise."""
     core, manifest = ov.Core(), reference.manifest
-    rng = np.random.default_rng(0)
-    dim, depth, length = manifest.model.dim, manifest.model.encoder_depth, manifest.model.length
-    tokens = rng.integers(0, manifest.model.codes, (2, length))
-    encoder = {
-        "tokens": tokens[:, :9],
-        "positions": np.tile(np.arange(9), (2, 1)),
-        "features": rng.standard_normal((4, 20, dim), np.float32),
-        "encoder_modulation": rng.standard_normal((4, depth, 8, dim), np.float32),
-    }
+    depth, length = manifest.model.encoder_depth, manifest.model.length
+    encoder = encoder_inputs(manifest)
+    tokens = np.random.default_rng(0).integers(0, manifest.model.codes, (2, length))
     decoder = {"tokens": tokens, "positions": np.tile(np.arange(length), (2, 1))}
     changes = {
         "MatMul": ("encoder", encoder, openvino_graphs.join_keys_and_values),
@@ -188,6 +192,23 @@ def test_outputs_of_8_bit_convolutions_stay_float(precisions: dict[str, Path], r
         with Pipeline.load(precisions["int8"], backend=backend) as pipeline:
             error[backend] = ((pipeline.decode(tokens) - wanted) ** 2).mean()
     assert error["openvino"] < error["onnxruntime"] / 1.5
+
+
+def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], reference: Pipeline) -> None:
+    """All that products read become signed, with and without AMX; the features differ by what a rounding moves now and then."""
+    core = ov.Core()
+    kernels = openvino_cpu.int8_kernels(core)
+    if Path("/proc/cpuinfo").exists() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        assert kernels.tiles == ("amx_int8" in Path("/proc/cpuinfo").read_text().split())
+    inputs = encoder_inputs(reference.manifest)
+    found = []
+    for signed in (False, True):
+        graph = core.read_model(precisions["int8"] / "encoder.onnx")
+        settings = openvino_graphs.rewrite(graph, signed)
+        lows = {float(openvino_graphs.constant_behind(node.input_value(3)).min()) for node in of_kind(graph, "FakeQuantize")}
+        assert lows == {-128.0 if signed else 0.0}
+        found.append(core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})(inputs)[0])
+    assert np.abs(found[0] - found[1]).mean() < 1e-3 * found[0].std()
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])

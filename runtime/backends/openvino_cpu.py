@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from ...errors import BackendError
 from ..manifest import Manifest
 from . import Array
 from .contract import output_shapes
+from .int8_kernels import DEPTH as PROBE_DEPTH
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
+
+PROBE_ROWS = 32  # with fewer AMX would not be taken
 
 FIRST, FOLLOWING = "condition", ("decoder", "sampler", "encoder", "image_decoder")  # what a batch of pictures runs, in this order
 
@@ -56,10 +60,21 @@ class ThreadedProcess:
         cls.number = os.getpid()
 
 
-def int8_saturates(core: ov.Core) -> bool:
+@dataclass(frozen=True)
+class Int8Kernels:
+    """What OpenVINO multiplies 8-bit numbers with on this machine."""
+
+    saturate: bool  # sums beyond 16 bits are lost
+    tiles: bool  # AMX
+
+
+def int8_kernels(core: ov.Core) -> Int8Kernels:
     ThreadedProcess.enter()
-    probe = core.compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return saturate(lambda x: probe(x)[0])
+    model = core.read_model(PROBE)
+    model.reshape([PROBE_ROWS, PROBE_DEPTH])
+    probe = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    kernels = [node.get_rt_info()["primitiveType"].astype(str) for node in probe.get_runtime_model().get_ordered_ops()]
+    return Int8Kernels(saturate(lambda x: probe(np.repeat(x, PROBE_ROWS, axis=0))[0]), any("amx" in kernel for kernel in kernels))
 
 
 def wants_bfloat16(precision: str, graph: str) -> bool:
@@ -90,11 +105,13 @@ class CompiledGraphs:
         if "CPU" not in self.core.available_devices:
             raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
         self.has_bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if too_wide(manifest, lambda: int8_saturates(self.core)):
+        kernels = int8_kernels(self.core) if manifest.precision == "int8" else Int8Kernels(saturate=False, tiles=False)
+        if too_wide(manifest, lambda: kernels.saturate):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
         self.options = functools.partial(graph_options, manifest.precision, self.has_bfloat16, threads)
-        self.cache = GraphCache(self.core, manifest, self.options)
+        self.signed = kernels.tiles
+        self.cache = GraphCache(self.core, manifest, self.options, self.signed)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
@@ -129,7 +146,7 @@ class CompiledGraphs:
 
     def compile(self, graph: str, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
-        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model)})
+        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, self.signed)})
 
     def close(self) -> None:
         self.loader.shutdown(wait=False, cancel_futures=True)

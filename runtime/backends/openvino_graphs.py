@@ -10,14 +10,16 @@ from openvino import Model
 from openvino import opset13 as ops
 
 
-def rewrite(model: Model) -> dict[str, str]:
-    """Changes a graph of an engine in place. Returns the settings that it must be compiled with."""
+def rewrite(model: Model, signed: bool = False) -> dict[str, str]:
+    """Changes a graph of an engine in place. signed: 8-bit features become signed. Returns the settings that it must be compiled with."""
     quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
     for node in quantizations:
         keep_output_float(node)
     model.validate_nodes_and_infer_types()
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul":
+        if node.get_type_name() == "FakeQuantize" and signed:
+            make_signed(node)
+        elif node.get_type_name() == "MatMul":
             join_keys_and_values(node)
         elif node.get_type_name() == "Parameter":
             spread_modulation(node)
@@ -183,6 +185,22 @@ def keep_output_float(quantize: Any) -> None:
     limit = float(np.finfo(np.float32).max)
     narrowed.output(0).replace(ops.clamp(quantize.input_value(0), -limit, limit).output(0))
     dequantized.output(0).replace(widened.input_value(0))
+
+
+def make_signed(quantize: Any) -> None:
+    """Features of 0 to 255 around 128 as −128 to 127 around 0: the same numbers. AMX multiplies them as they are; of unsigned ones, what
+    128 adds to each sum has to be taken off again.
+    """
+    low, high = (constant_behind(quantize.input_value(port)) for port in (3, 4))
+    narrowed = reader(quantize, "Convert")
+    shifted = reader(reader(narrowed, "Convert"), "Subtract")
+    zero = shifted.input_value(1).get_node() if shifted is not None else None
+    zero_point = constant_behind(zero.input_value(0)) if zero is not None and zero.get_type_name() == "Convert" else None
+    if low is None or high is None or zero_point is None or (low != 0).any() or (high != 255).any() or (zero_point != 128).any():
+        return
+    given = [quantize.input_value(port) for port in range(3)]
+    levels = ops.fake_quantize(*given, ops.constant(low - low.dtype.type(128)), ops.constant(high - high.dtype.type(128)), 256)
+    shifted.output(0).replace(ops.convert(ops.convert(levels, "i8"), shifted.get_output_element_type(0).get_type_name()).output(0))
 
 
 def spell_out_group_norm(normalization: Any) -> None:
