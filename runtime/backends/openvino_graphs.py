@@ -124,9 +124,10 @@ def spread_modulation(parameter: Any) -> None:
     blocks, dim = shape[1].get_length(), shape[3].get_length()
     kinds: dict[str, list[tuple[int, int, Any]]] = {"shift": [], "scale": [], "gate": []}
     for gather in gathers:
-        block, split = constant_behind(gather.input_value(1)), reader(gather, "Split")
-        for vector, output in enumerate(split.outputs() if split is not None and block is not None else []):
-            kinds[kind_of_modulation(output)].append((int(block), vector, output))  # type: ignore[arg-type]
+        index, split = constant_behind(gather.input_value(1)), reader(gather, "Split")
+        if index is not None and split is not None:
+            for vector, output in enumerate(split.outputs()):
+                kinds[kind_of_modulation(output)].append((int(index), vector, output))
     for kind, outputs in kinds.items():
         vectors = sorted({vector for _, vector, _ in outputs})
         count = blocks * len(vectors)
@@ -224,10 +225,11 @@ def spell_out_group_norm(normalization: Any) -> None:
         return
     channels = list(shape)[1].get_length()
     groups = split.output(0).get_partial_shape()[1].get_length()
-    constants = [constant_behind(node.input_value(1)) for node in (scaled, shifted, multiplied, last)]
-    if any(constant is None or constant.size not in (groups, channels) for constant in constants):
+    behind = [constant_behind(node.input_value(1)) for node in (scaled, shifted, multiplied, last)]
+    constants = [constant.astype(np.float32).ravel() for constant in behind if constant is not None]
+    if [constant.size for constant in constants] != [groups, groups, channels, channels]:
         return
-    scale, shift, weight, bias = (np.repeat(np.float32(c).ravel(), channels // c.size).reshape(1, channels, 1, 1) for c in constants)
+    scale, shift, weight, bias = (np.repeat(c, channels // c.size).reshape(1, channels, 1, 1) for c in constants)
     size, epsilon = channels // groups, normalization.get_attributes()["eps"]
     averages = ops.constant(np.kron(np.eye(groups), np.full((size, size), 1 / size)).astype(np.float32)[..., None, None])
 
