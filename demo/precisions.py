@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..runtime.backends import BACKENDS
 from ..runtime.pipeline import Pipeline
 from .classifier import Classifier, load_classifier, measure
 from .evaluate import frechet
@@ -107,8 +108,10 @@ def distance(features: NDArray[np.float32], real: tuple[NDArray[Any], NDArray[An
     return frechet(features.mean(0), np.cov(features, rowvar=False), *real)
 
 
-def evaluate_precisions(engines: Sequence[Path], references: Path, num: int, seed: int, original: Path | None = None) -> list[Figures]:
-    """Float32, float32 at other seeds, and every engine at the first seeds: `num` pictures a class of each."""
+def evaluate_precisions(
+    engines: Sequence[Path], references: Path, num: int, seed: int, original: Path | None = None, backend: str = "auto"
+) -> list[Figures]:
+    """Float32, float32 at other seeds, and every engine at the first seeds, run by the backend: `num` pictures a class of each."""
     classifier = load_classifier(references / "classifier.pth")
     with np.load(references / "features.npz") as data:
         real = data["mean"], data["covariance"]
@@ -116,7 +119,7 @@ def evaluate_precisions(engines: Sequence[Path], references: Path, num: int, see
         first = draw("float32", pipeline, classifier, num, seed)
         others = [draw("float32, other seeds", pipeline, classifier, num, seed + OTHER_SEEDS)]
     for engine in engines:
-        with Pipeline.load(engine) as pipeline:
+        with Pipeline.load(engine, backend=backend) as pipeline:
             others.append(draw(str(engine), pipeline, classifier, num, seed))
     return compare(first, others, real)
 
@@ -124,13 +127,14 @@ def evaluate_precisions(engines: Sequence[Path], references: Path, num: int, see
 @click.command()
 @click.option("--engine", "engines", type=click.Path(exists=True, path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--original", type=click.Path(exists=True, path_type=Path), help="The float32 engine; default: the bundled one.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="That runs the engines.")
 @click.option("--references", type=click.Path(exists=True, path_type=Path), default=Path("demo/evaluation"), show_default=True)
 @click.option("--num", default=560, show_default=True, help="Pictures a class.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(engines: tuple[Path, ...], original: Path | None, references: Path, num: int, seed: int, as_json: bool) -> None:
+def main(engines: tuple[Path, ...], original: Path | None, backend: str, references: Path, num: int, seed: int, as_json: bool) -> None:
     """Compare the demo's pictures between precisions."""
-    figures = evaluate_precisions(engines, references, num, seed, original)
+    figures = evaluate_precisions(engines, references, num, seed, original, backend)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in figures]))
         return

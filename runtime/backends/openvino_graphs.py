@@ -48,7 +48,9 @@ def join_keys_and_values(scores: Any) -> None:
     joined = [node.input_value(0).get_node() for node in split]
     width = list(split[0].get_output_partial_shape(0))[2:]
     kinds = {node.get_type_name() for node in split}, {node.get_type_name() for node in joined}
-    if kinds != ({"Reshape"}, {"Concat"}) or len(width) != 2 or any(dimension.is_dynamic for dimension in width):
+    if kinds != ({"Reshape"}, {"Concat"}) or any(node.get_attributes()["axis"] != 1 for node in joined):
+        return
+    if len(width) != 2 or any(dimension.is_dynamic for dimension in width):
         return
     products = [joined_product(key, value) for key, value in zip(*(node.input_values() for node in joined), strict=True)]
     if any(product is None for product in products):
