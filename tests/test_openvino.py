@@ -31,7 +31,7 @@ from enat.export.compare import compare
 from enat.runtime import backends
 from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
-from enat.runtime.backends.openvino_cpu import CompiledGraphs, graph_options
+from enat.runtime.backends.openvino_cpu import CompiledGraphs, Kernels, graph_options
 from enat.runtime.cli import main
 from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import Preview
@@ -94,18 +94,36 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
     assert found.psnr is not None and found.psnr >= psnr
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("fp16", {*GRAPHS}), ("int8", {"encoder", "decoder", "image_decoder"})])
-def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, graphs: set[str]) -> None:
-    """Where the CPU does, which decides what a compiled graph is kept for."""
-    with Pipeline.load(precisions[name], "openvino") as engine:
+NETWORK = {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize(
+    ("name", "slow", "fast"), [("fp32", set(), set()), ("fp16", set(), {*GRAPHS}), ("int8", {"image_decoder"}, {*NETWORK, "image_decoder"})]
+)
+def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, slow: set[str], fast: set[str]) -> None:
+    """Where the CPU has it, and where it is faster than float32, which decides what a compiled graph is kept for."""
+    with Pipeline.load(precisions.get(name), "openvino") as engine:
         core, manifest = engine.backend.graphs.core, engine.manifest
-        found, files = {}, {}
-        for has in (False, True):
-            options = functools.partial(graph_options, manifest.precision, has, None)
-            found[has] = {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"}
-            files[has] = {graph: GraphCache(core, manifest, options).file(graph) for graph in GRAPHS}
-    assert found == {False: set(), True: graphs}
-    assert {graph for graph in GRAPHS if files[False][graph] != files[True][graph]} == graphs
+    expected: list[tuple[Kernels, set[str]]] = [
+        (Kernels(), set()),
+        (Kernels(bfloat16=True), slow),
+        (Kernels(bfloat16=True, fast_bfloat16=True), fast),
+    ]
+    files = []
+    for kernels, graphs in expected:
+        options = functools.partial(graph_options, manifest.precision, kernels, None)
+        assert {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"} == graphs
+        files.append({graph: GraphCache(core, manifest, options).file(graph) for graph in GRAPHS})
+        assert {graph for graph in GRAPHS if files[-1][graph] != files[0][graph]} == graphs
+
+
+def test_kernels_of_this_machine() -> None:
+    kernels = Kernels.of(ov.Core())
+    if Path("/proc/cpuinfo").exists() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        assert kernels.tiles == ("amx_int8" in flags)
+        assert kernels.bfloat16 >= bool({"avx512_bf16", "amx_bf16"} & flags)
+        assert kernels.fast_bfloat16 == (kernels.bfloat16 and bool({"amx_int8", "AuthenticAMD"} & flags))
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86 CPU: its kernels do not saturate")
@@ -197,9 +215,6 @@ def test_outputs_of_8_bit_convolutions_stay_float(precisions: dict[str, Path], r
 def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], reference: Pipeline) -> None:
     """All that products read become signed, with and without AMX; the features differ by what a rounding moves now and then."""
     core = ov.Core()
-    kernels = openvino_cpu.int8_kernels(core)
-    if Path("/proc/cpuinfo").exists() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        assert kernels.tiles == ("amx_int8" in Path("/proc/cpuinfo").read_text().split())
     inputs = encoder_inputs(reference.manifest)
     found = []
     for signed in (False, True):

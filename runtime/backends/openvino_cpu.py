@@ -61,37 +61,45 @@ class ThreadedProcess:
 
 
 @dataclass(frozen=True)
-class Int8Kernels:
-    """What OpenVINO multiplies 8-bit numbers with on this machine."""
+class Kernels:
+    """What OpenVINO multiplies with on this machine."""
 
-    saturate: bool  # sums beyond 16 bits are lost
-    tiles: bool  # AMX
+    saturate: bool = False  # sums of 8-bit products beyond 16 bits are lost
+    tiles: bool = False  # AMX
+    bfloat16: bool = False
+    fast_bfloat16: bool = False  # faster than float32
+
+    @classmethod
+    def of(cls, core: ov.Core) -> Kernels:
+        ThreadedProcess.enter()
+        model = core.read_model(PROBE)
+        model.reshape([PROBE_ROWS, PROBE_DEPTH])
+        probe = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        names = [node.get_rt_info()["primitiveType"].astype(str) for node in probe.get_runtime_model().get_ordered_ops()]
+        tiles = any("amx" in name for name in names)
+        bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        # Intel's CPUs without AMX multiply bfloat16 by instructions of no higher rate than float32's. Not timed: on a busy machine the
+        # answer might change from start to start, and the pictures of a seed with it.
+        fast_bfloat16 = bfloat16 and (tiles or core.get_property("CPU", "FULL_DEVICE_NAME").startswith("AMD"))
+        return cls(saturate(lambda x: probe(np.repeat(x, PROBE_ROWS, axis=0))[0]), tiles, bfloat16, fast_bfloat16)
 
 
-def int8_kernels(core: ov.Core) -> Int8Kernels:
-    ThreadedProcess.enter()
-    model = core.read_model(PROBE)
-    model.reshape([PROBE_ROWS, PROBE_DEPTH])
-    probe = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    kernels = [node.get_rt_info()["primitiveType"].astype(str) for node in probe.get_runtime_model().get_ordered_ops()]
-    return Int8Kernels(saturate(lambda x: probe(np.repeat(x, PROBE_ROWS, axis=0))[0]), any("amx" in kernel for kernel in kernels))
+def wants_bfloat16(precision: str, graph: str, kernels: Kernels) -> bool:
+    """Whether a graph computes in bfloat16. In 8-bit engines that is what lies between the 8-bit products: a quarter of the network's time,
+    with attention and the decoder's last products in float, and half of the image decoder's, with no such products of any size."""
+    if precision == "int8" and graph == "image_decoder":
+        return kernels.bfloat16
+    return kernels.fast_bfloat16 and (precision == "fp16" or (precision == "int8" and graph in ("encoder", "decoder")))
 
 
-def wants_bfloat16(precision: str, graph: str) -> bool:
-    """Whether a graph computes in bfloat16 where the CPU does. In 8-bit engines that is what lies between the 8-bit products: half of the
-    image decoder's time, a quarter of the network's."""
-    return precision == "fp16" or (precision == "int8" and graph in ("encoder", "decoder", "image_decoder"))
-
-
-def graph_options(precision: str, has_bfloat16: bool, threads: int | None, graph: str) -> dict[str, Any]:
+def graph_options(precision: str, kernels: Kernels, threads: int | None, graph: str) -> dict[str, Any]:
     """OpenVINO's, to run a graph with."""
     # LATENCY: all threads work on one batch. By itself OpenVINO binds them to the machine's first cores: those of all processes that use
     # some of them; and every graph has threads of its own, which are bound anew when another's turn comes.
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    bfloat16 = has_bfloat16 and wants_bfloat16(precision, graph)
-    return options | {"INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32"}
+    return options | {"INFERENCE_PRECISION_HINT": "bf16" if wants_bfloat16(precision, graph, kernels) else "f32"}
 
 
 class CompiledGraphs:
@@ -104,12 +112,11 @@ class CompiledGraphs:
         self.core = ov.Core()
         if "CPU" not in self.core.available_devices:
             raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
-        self.has_bfloat16 = "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        kernels = int8_kernels(self.core) if manifest.precision == "int8" else Int8Kernels(saturate=False, tiles=False)
+        kernels = Kernels.of(self.core) if manifest.precision != "fp32" else Kernels()
         if too_wide(manifest, lambda: kernels.saturate):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
-        self.options = functools.partial(graph_options, manifest.precision, self.has_bfloat16, threads)
+        self.options = functools.partial(graph_options, manifest.precision, kernels, threads)
         self.signed = kernels.tiles
         self.cache = GraphCache(self.core, manifest, self.options, self.signed)
         self.loader = ThreadPoolExecutor(2)
