@@ -13,6 +13,8 @@ from openvino import opset13 as ops
 def rewrite(model: Model, signed: bool = False) -> dict[str, str]:
     """Changes a graph of an engine in place. signed: 8-bit features become signed. Returns the settings that it must be compiled with."""
     quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
+    if quantizations:
+        widen(model)
     for node in quantizations:
         keep_output_float(node)
     model.validate_nodes_and_infer_types()
@@ -30,6 +32,43 @@ def rewrite(model: Model, signed: bool = False) -> dict[str, str]:
     left = {node.get_type_name() for node in model.get_ordered_ops()}
     # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
     return {"LP_TRANSFORMS_MODE": "NO"} if left >= {"MVN", "Convolution", "FakeQuantize"} else {}
+
+
+def widen(model: Model) -> None:
+    """What is float16 becomes float32, but for inputs and outputs: the CPU computes no float16, and what follows knows 8-bit graphs as they
+    are in float32. Numbers are rounded less often.
+    """
+    nodes = model.get_ordered_ops()
+    casts = [(node, element_type(node.input_value(0)), element_type(node.output(0))) for node in nodes if node.get_type_name() == "Convert"]
+    results = [(node, element_type(node.input_value(0)), node.input_value(0).get_names()) for node in model.get_results()]
+    for node, given, made in casts:
+        if {given, made} == {"f16", "f32"}:
+            redirect(node.output(0), node.input_value(0))
+        elif made == "f16":
+            redirect(node.output(0), ops.convert(node.input_value(0), "f32").output(0))
+    for node in nodes:
+        if node.get_type_name() == "Constant" and element_type(node.output(0)) == "f16":
+            redirect(node.output(0), ops.constant(node.data.astype(np.float32)).output(0))
+        elif node.get_type_name() == "Parameter" and element_type(node.output(0)) == "f16":
+            wide = ops.convert(node, "f32")
+            redirect(node.output(0), wide.output(0))
+            wide.input(0).replace_source_output(node.output(0))
+    for node, given, names in results:
+        node.input_value(0).set_names(set())
+        if given == "f16":
+            node.input(0).replace_source_output(ops.convert(node.input_value(0), "f16").output(0))
+        node.input_value(0).set_names(names)
+    model.validate_nodes_and_infer_types()
+
+
+def redirect(value: Any, other: Any) -> None:
+    """Has other's value read where the first one was; names of outputs stay where they are."""
+    for port in value.get_target_inputs():
+        port.replace_source_output(other)
+
+
+def element_type(value: Any) -> str:
+    return str(value.get_element_type().get_type_name())
 
 
 def join_keys_and_values(scores: Any) -> None:
@@ -119,7 +158,8 @@ def spread_modulation(parameter: Any) -> None:
     quantizing would pass over the features twice. Gates are apart from scales since in bfloat16 they alone meet float32.
     """
     shape = list(parameter.get_output_partial_shape(0))
-    readers = [port.get_node() for port in parameter.output(0).get_target_inputs()]
+    source = reader(parameter, "Convert") or parameter
+    readers = [port.get_node() for port in source.output(0).get_target_inputs()]
     gathers = [node for node in readers if node.get_type_name() == "Gather"]
     if len(shape) != 4 or any(dimension.is_dynamic for dimension in shape[1:]):
         return
@@ -135,7 +175,7 @@ def spread_modulation(parameter: Any) -> None:
         count = blocks * len(vectors)
         if not vectors:
             continue
-        chosen = ops.reshape(ops.gather(parameter, integers(*vectors), integers(2)), integers(0, count, dim), special_zero=True)
+        chosen = ops.reshape(ops.gather(source, integers(*vectors), integers(2)), integers(0, count, dim), special_zero=True)
         parts = ops.split(chosen, ops.constant(np.int64(1)), count) if kind != "shift" else None
         for block, vector, output in outputs:
             place = block * len(vectors) + vectors.index(vector)
