@@ -164,20 +164,25 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     tokens = np.random.default_rng(0).integers(0, manifest.model.codes, (2, length))
     decoder = {"tokens": tokens, "positions": np.tile(np.arange(length), (2, 1))}
     changes = {
-        "MatMul": ("encoder", encoder, openvino_graphs.join_keys_and_values),
+        "MatMul": ("encoder", encoder, openvino_graphs.ease_attention),
+        "joined MatMul": ("encoder", encoder, functools.partial(openvino_graphs.ease_attention, join=True)),
         "Parameter": ("encoder", encoder, openvino_graphs.spread_modulation),
         "MVN": ("image_decoder", decoder, openvino_graphs.spell_out_group_norm),
     }
     rewritten = {}
     for kind, (graph, inputs, change) in changes.items():
         plain, changed = (core.read_model(manifest.path(f"{graph}.onnx")) for _ in range(2))
-        for node in of_kind(changed, kind):
+        for node in of_kind(changed, kind.split()[-1]):
             change(node)
         rewritten[kind] = changed
         compiled = (core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for model in (plain, changed))
         wanted, found = (model(inputs)[0].astype(np.float32) for model in compiled)
         assert np.abs(found - wanted).max() <= (1 if kind == "MVN" else 1e-4 * np.abs(wanted).max())
-    assert sum(node.get_attributes()["transpose_b"] for node in of_kind(rewritten["MatMul"], "MatMul")) == depth
+    products = {kind: of_kind(rewritten[kind], "MatMul") for kind in ("MatMul", "joined MatMul")}
+    assert all(sum(node.get_attributes()["transpose_b"] for node in found) == depth for found in products.values())
+    assert len(products["MatMul"]) - len(products["joined MatMul"]) == 2 * depth
+    computed = [node for node in of_kind(rewritten["MatMul"], "Reshape") if node.input_value(1).get_node().get_type_name() != "Constant"]
+    assert not any(node.get_output_partial_shape(0).rank.get_length() == 4 for node in computed)
     assert len(of_kind(rewritten["Parameter"], "Split")) == 2  # scales, gates
     additions = of_kind(rewritten["Parameter"], "Add")
     assert not any(value.get_node().get_type_name() == "Split" for node in additions for value in node.input_values())
@@ -218,11 +223,14 @@ def contract(model: ov.Model) -> list[tuple[set[str], str]]:
 
 
 @pytest.mark.parametrize("graph", ["encoder", "decoder", "image_decoder"])
-def test_8_bit_graphs_of_float16_become_those_of_float32(precisions: dict[str, Path], graph: str) -> None:
+@pytest.mark.parametrize("names", [("fp32", "fp16"), ("int8", "int8-fp16")])
+def test_graphs_of_float16_become_those_of_float32(
+    precisions: dict[str, Path], reference: Pipeline, names: tuple[str, str], graph: str
+) -> None:
     """All but what goes in and out: so they get the same kernels, and are as fast."""
     kinds = {}
-    for name in ("int8", "int8-fp16"):
-        model = ov.Core().read_model(precisions[name] / f"{graph}.onnx")
+    for name in names:
+        model = ov.Core().read_model(precisions.get(name, reference.manifest.folder) / f"{graph}.onnx")
         given = contract(model)
         assert openvino_graphs.rewrite(model) == {}  # with OpenVINO's 8-bit pass
         assert contract(model) == given
@@ -230,7 +238,7 @@ def test_8_bit_graphs_of_float16_become_those_of_float32(precisions: dict[str, P
         kinds[name] = Counter(node.get_type_name() for node in nodes)
         inside = [value for node in nodes if node.get_type_name() not in ("Parameter", "Result") for value in node.outputs()]
         assert "f16" not in {openvino_graphs.element_type(value) for value in inside}
-    assert kinds["int8"] == kinds["int8-fp16"]
+    assert kinds[names[0]] == kinds[names[1]]
 
 
 def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], reference: Pipeline) -> None:
@@ -238,11 +246,11 @@ def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], refer
     core = ov.Core()
     inputs = encoder_inputs(reference.manifest)
     found = []
-    for signed in (False, True):
+    for tiles in (False, True):
         graph = core.read_model(precisions["int8"] / "encoder.onnx")
-        settings = openvino_graphs.rewrite(graph, signed)
+        settings = openvino_graphs.rewrite(graph, tiles)
         lows = {float(openvino_graphs.constant_behind(node.input_value(3)).min()) for node in of_kind(graph, "FakeQuantize")}
-        assert lows == {-128.0 if signed else 0.0}
+        assert lows == {-128.0 if tiles else 0.0}
         found.append(core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})(inputs)[0])
     assert np.abs(found[0] - found[1]).mean() < 1e-3 * found[0].std()
 

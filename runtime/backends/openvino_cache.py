@@ -44,9 +44,9 @@ class CompiledGraph:
 class GraphCache:
     """Compiled graphs of one engine."""
 
-    def __init__(self, core: ov.Core, manifest: Manifest, options: Callable[[str], Mapping[str, Any]], signed: bool = False) -> None:
-        """options: gives OpenVINO's, to run a graph with; signed: how it was rewritten."""
-        self.core, self.manifest, self.options, self.signed = core, manifest, options, signed
+    def __init__(self, core: ov.Core, manifest: Manifest, options: Callable[[str], Mapping[str, Any]], tiles: bool = False) -> None:
+        """options: gives OpenVINO's, to run a graph with; tiles: whether they were rewritten for AMX."""
+        self.core, self.manifest, self.options, self.tiles = core, manifest, options, tiles
         self.folder = cache_folder(manifest, "openvino")
 
     @functools.cached_property
@@ -58,7 +58,7 @@ class GraphCache:
     def file(self, graph: str) -> Path | None:
         """Where a graph is kept: under a hash of all that decides how it is compiled."""
         options = [f"{name}={value}" for name, value in sorted(self.options(graph).items()) if name not in THREADS]
-        key = hashlib.sha256(repr([*self.shared_key, *options, *["signed"] * self.signed]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(repr([*self.shared_key, *options, *["tiles"] * self.tiles]).encode()).hexdigest()[:16]
         return self.folder and self.folder / f"{graph}-{key}.blob"
 
     def keeps(self, graph: str) -> bool:

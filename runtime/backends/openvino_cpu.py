@@ -117,8 +117,8 @@ class CompiledGraphs:
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
         self.options = functools.partial(graph_options, manifest.precision, kernels, threads)
-        self.signed = kernels.tiles
-        self.cache = GraphCache(self.core, manifest, self.options, self.signed)
+        self.tiles = kernels.tiles
+        self.cache = GraphCache(self.core, manifest, self.options, self.tiles)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
@@ -153,7 +153,7 @@ class CompiledGraphs:
 
     def compile(self, graph: str, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
-        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, self.signed)})
+        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, self.tiles)})
 
     def close(self) -> None:
         self.loader.shutdown(wait=False, cancel_futures=True)

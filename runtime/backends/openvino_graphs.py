@@ -10,19 +10,19 @@ from openvino import Model
 from openvino import opset13 as ops
 
 
-def rewrite(model: Model, signed: bool = False) -> dict[str, str]:
-    """Changes a graph of an engine in place. signed: 8-bit features become signed. Returns the settings that it must be compiled with."""
+def rewrite(model: Model, tiles: bool = False) -> dict[str, str]:
+    """Changes a graph of an engine in place. tiles: for AMX. Returns the settings that it must be compiled with."""
     quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
-    if quantizations:
-        widen(model)
+    if {"MatMul", "Convolution"} & {node.get_type_name() for node in model.get_ordered_ops()}:
+        widen(model)  # and not the table of modulation, which would be twice as large
     for node in quantizations:
         keep_output_float(node)
     model.validate_nodes_and_infer_types()
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize" and signed:
+        if node.get_type_name() == "FakeQuantize" and tiles:
             make_signed(node)
         elif node.get_type_name() == "MatMul":
-            join_keys_and_values(node)
+            ease_attention(node, join=tiles)
         elif node.get_type_name() == "Parameter":
             spread_modulation(node)
         elif node.get_type_name() == "Transpose":
@@ -35,9 +35,8 @@ def rewrite(model: Model, signed: bool = False) -> dict[str, str]:
 
 
 def widen(model: Model) -> None:
-    """What is float16 becomes float32, but for inputs and outputs: the CPU computes no float16, and what follows knows 8-bit graphs as they
-    are in float32. Numbers are rounded less often.
-    """
+    """What is float16 becomes float32, but for inputs and outputs, as OpenVINO would have it later on: what follows knows graphs as they
+    are then."""
     nodes = model.get_ordered_ops()
     casts = [(node, element_type(node.input_value(0)), element_type(node.output(0))) for node in nodes if node.get_type_name() == "Convert"]
     results = [(node, element_type(node.input_value(0)), node.input_value(0).get_names()) for node in model.get_results()]
@@ -71,37 +70,52 @@ def element_type(value: Any) -> str:
     return str(value.get_element_type().get_type_name())
 
 
-def join_keys_and_values(scores: Any) -> None:
-    """Attention of own tokens to a context and to themselves: keys and values of the context are one product in place of two, those of
-    own tokens another; they are joined and split into heads at once, and keys are read crosswise in place of transposed number by number.
+def ease_attention(scores: Any, join: bool = False) -> None:
+    """Attention of own tokens to a context and to themselves, in a form that OpenVINO's fused attention takes whole. Keys are read
+    crosswise, in place of transposed number by number. The shapes in which heads are apart and together are written in, not computed.
 
-    OpenVINO takes some 10 µs for every node whose shapes differ from those of its last run, as they do from step to step.
+    join: keys and values by one product, those of the context and those of own tokens, and transposed at once. That makes fewer nodes, each
+    of which takes some 10 µs when its shapes differ from those of the last run, as they do from step to step.
     """
     attended = reader(reader(scores, "Softmax"), "MatMul")
     if attended is None or scores.get_attributes()["transpose_b"]:
         return
-    transposed = [node.input_value(1).get_node() for node in (scores, attended)]
-    if [order_of(node) for node in transposed] != [[0, 2, 3, 1], [0, 2, 1, 3]]:
+    transposed = [value.get_node() for value in (*scores.input_values(), attended.input_value(1))]
+    if [order_of(node) for node in transposed] != [[0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]]:
         return
     split = [node.input_value(0).get_node() for node in transposed]
-    joined = [node.input_value(0).get_node() for node in split]
-    width = list(split[0].get_output_partial_shape(0))[2:]
-    kinds = {node.get_type_name() for node in split}, {node.get_type_name() for node in joined}
-    if kinds != ({"Reshape"}, {"Concat"}) or any(node.get_attributes()["axis"] != 1 for node in joined):
+    widths = [list(node.get_output_partial_shape(0))[2:] for node in split]
+    together = reader(reader(attended, "Transpose"), "Reshape")
+    if {node.get_type_name() for node in split} != {"Reshape"} or together is None or together.output(0).get_partial_shape().rank != 3:
         return
-    if len(width) != 2 or any(dimension.is_dynamic for dimension in width):
+    if any(width != widths[0] or any(dimension.is_dynamic for dimension in width) for width in widths):
         return
-    products = [joined_product(key, value) for key, value in zip(*(node.input_values() for node in joined), strict=True)]
+    heads, size = (dimension.get_length() for dimension in widths[0])
+
+    def apart(features: Any) -> Any:
+        return ops.transpose(ops.reshape(features, integers(0, 0, heads, size), special_zero=True), integers(0, 2, 1, 3))
+
+    query, *sources = (node.input_value(0) for node in split)
+    joined = joined_keys_and_values(sources, heads, size) if join else None
+    keys, values = joined or map(apart, sources)
+    attended.input(1).replace_source_output(values.output(0))
+    scores.output(0).replace(ops.matmul(apart(query), keys, False, True).output(0))
+    together.output(0).replace(ops.reshape(together.input_value(0), integers(0, 0, heads * size), special_zero=True).output(0))
+
+
+def joined_keys_and_values(sources: list[Any], heads: int, size: int) -> list[Any] | None:
+    """Keys and values, [rows, heads, tokens, size] each; None where they are not made as expected."""
+    concatenations = [value.get_node() for value in sources]
+    if any(node.get_type_name() != "Concat" or node.get_attributes()["axis"] != 1 for node in concatenations):
+        return None
+    pairs = zip(*(node.input_values() for node in concatenations), strict=True)
+    products = [joined_product(key, value) for key, value in pairs]
     if any(product is None for product in products):
-        return
-    heads, size = (dimension.get_length() for dimension in width)
+        return None
     # [rows, tokens, 2, heads, size] → [2, rows, heads, tokens, size]: keys and values are taken from it where they lie.
     apart = ops.reshape(ops.concat(products, 1), integers(0, 0, 2, heads, size), special_zero=True)
     parts = ops.transpose(apart, integers(2, 0, 3, 1, 4))
-    keys, values = (ops.gather(parts, ops.constant(np.int64(part)), integers(0)) for part in (0, 1))
-    attended.input(1).replace_source_output(values.output(0))
-    crosswise = ops.matmul(scores.input_value(0), keys, scores.get_attributes()["transpose_a"], True)
-    scores.output(0).replace(crosswise.output(0))
+    return [ops.gather(parts, ops.constant(np.int64(part)), integers(0)) for part in (0, 1)]
 
 
 def joined_product(first: Any, second: Any) -> Any:
