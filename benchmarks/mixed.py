@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 
 from ..errors import InputError
-from ..runtime.backends import BACKENDS
-from ..runtime.command import Command, parse_numbers
+from ..runtime.command import Command, backend_option, parse_numbers
 from ..runtime.pipeline import Pipeline
 from .footprint import resident_memory
 from .machine import processor
@@ -20,7 +19,7 @@ from .report import size
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--engine", type=click.Path(path_type=Path), help="Default: the bundled one.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
+@backend_option()
 @click.option("--batch", "batches", default="1,2,3,4,5,6,7,8", show_default=True, help="Pictures at once.")
 @click.option("--steps", "numbers", default="1,2,4,8,12,16,20,24,32,40,50,64", show_default=True)
 def main(engine: Path | None, backend: str, batches: str, numbers: str) -> None:

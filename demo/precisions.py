@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..runtime.backends import BACKENDS
+from ..runtime.command import backend_option
 from ..runtime.pipeline import Pipeline
 from .classifier import Classifier, load_classifier, measure
 from .evaluate import frechet
@@ -127,7 +127,7 @@ def evaluate_precisions(
 @click.command()
 @click.option("--engine", "engines", type=click.Path(exists=True, path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--original", type=click.Path(exists=True, path_type=Path), help="The float32 engine; default: the bundled one.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="That runs the engines.")
+@backend_option(help="That runs the engines.")
 @click.option("--references", type=click.Path(exists=True, path_type=Path), default=Path("demo/evaluation"), show_default=True)
 @click.option("--num", default=560, show_default=True, help="Pictures a class.")
 @click.option("--seed", default=0, show_default=True)

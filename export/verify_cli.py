@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ExportError, InputError
-from ..runtime.backends import BACKENDS
 from ..runtime.classes import parse_classes
-from ..runtime.command import Command, needs
+from ..runtime.command import Command, backend_option, needs
 from ..runtime.files import WholeFile, check_writable
 from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_fits, save_image, sheet, sheet_size
 from ..runtime.pipeline import Pipeline, check_batch_size
@@ -32,7 +31,7 @@ COLUMNS = 12  # pictures side by side in the sheet
 @click.option("--seed", default=0, show_default=True, help="Picture i has seed SEED + i.")
 @click.option("--class", "classes", multiple=True, metavar="CLASS", help="Of these classes, as in enat-run; default: spread over all.")
 @click.option("--batch-size", default=8, show_default=True)
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True, help="That runs ENGINE.")
+@backend_option(help="That runs ENGINE.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="CPU threads of each; default: all that the process may use.")
 @click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="Picture to write: above float32, below ENGINE.")

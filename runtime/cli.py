@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import InputError
 from .backends import BACKENDS, open_backend
 from .classes import class_index, parse_classes
-from .command import Command, Target
+from .command import Command, Target, backend_option
 from .describe import classes_text, engine_info, info_text
 from .files import check_writable
 from .manifest import Manifest, read_manifest
@@ -63,7 +63,7 @@ OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt"
     help="Make a file or a folder of enat-run again, from what it says of itself.",
 )
 @click.option("--batch-size", default=BATCH_SIZE, show_default=True, help="Pictures drawn at once.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
+@backend_option()
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="CPU threads; default: all that the process may use.")
 @click.option("--verify", is_flag=True, help="Check the hashes of files over 64 MiB too.")

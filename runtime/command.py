@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import signal
@@ -16,7 +17,10 @@ import click
 
 from .. import __version__
 from ..errors import EnatError, InputError, reason
+from .backends import BACKENDS
 from .describe import printable
+
+backend_option = functools.partial(click.option, "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
 
 
 class Command(click.Command):

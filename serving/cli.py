@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..runtime.backends import BACKENDS
-from ..runtime.command import Command, Target, parse_numbers
+from ..runtime.command import Command, Target, backend_option, parse_numbers
 from ..runtime.pipeline import BUNDLED_ENGINE
 from .repository import Options, write_repository
 
@@ -27,7 +26,7 @@ from .repository import Options, write_repository
 @click.option("--queue-size", default=0, show_default=True, help="Requests that may wait; more are refused. 0: any number.")
 @click.option("--queue-timeout", "queue_timeout_us", default=0, show_default=True, help="Microseconds that a request may wait, 0: any.")
 @click.option("--env", help="EXECUTION_ENV_PATH: an environment with the wheels; default: that of the server.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
+@backend_option()
 @click.option("--threads", type=int, help="CPU threads of an instance; default: its part of all that may be used.")
 @click.option("--warmup/--no-warmup", default=True, show_default=True, help="Draw before the model is ready.")
 @click.option("--graphs", is_flag=True, help="Every graph as a model of its own too, for services that run the loop themselves.")
