@@ -86,7 +86,7 @@ class Kernels:
 
 def wants_bfloat16(precision: str, graph: str, kernels: Kernels) -> bool:
     """Whether a graph computes in bfloat16. In 8-bit engines that is what lies between the 8-bit products: a quarter of the network's time,
-    with attention and the decoder's last products in float, and half of the image decoder's, with no such products of any size."""
+    where attention and the decoder's last layers multiply in it, and half of the image decoder's, where hardly anything does."""
     if precision == "int8" and graph == "image_decoder":
         return kernels.bfloat16
     return kernels.fast_bfloat16 and (precision == "fp16" or (precision == "int8" and graph in ("encoder", "decoder")))

@@ -12,9 +12,11 @@ from openvino import opset13 as ops
 
 def rewrite(model: Model, tiles: bool = False) -> dict[str, str]:
     """Changes a graph of an engine in place. tiles: for AMX. Returns the settings that it must be compiled with."""
-    quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
-    if {"MatMul", "Convolution"} & {node.get_type_name() for node in model.get_ordered_ops()}:
+    kinds = {node.get_type_name() for node in model.get_ordered_ops()}
+    if kinds & {"MatMul", "Convolution"}:
         widen(model)  # and not the table of modulation, which would be twice as large
+    # No list of all nodes is held beyond a loop: what fell out of the graph would live on, and be found among a value's readers.
+    quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
     for node in quantizations:
         keep_output_float(node)
     model.validate_nodes_and_infer_types()
@@ -36,7 +38,7 @@ def rewrite(model: Model, tiles: bool = False) -> dict[str, str]:
 
 def widen(model: Model) -> None:
     """What is float16 becomes float32, but for inputs and outputs, as OpenVINO would have it later on: what follows knows graphs as they
-    are then."""
+    are then. Types are to be inferred anew."""
     nodes = model.get_ordered_ops()
     casts = [(node, element_type(node.input_value(0)), element_type(node.output(0))) for node in nodes if node.get_type_name() == "Convert"]
     results = [(node, element_type(node.input_value(0)), node.input_value(0).get_names()) for node in model.get_results()]
@@ -57,7 +59,6 @@ def widen(model: Model) -> None:
         if given == "f16":
             node.input(0).replace_source_output(ops.convert(node.input_value(0), "f16").output(0))
         node.input_value(0).set_names(names)
-    model.validate_nodes_and_infer_types()
 
 
 def redirect(value: Any, other: Any) -> None:
@@ -71,8 +72,8 @@ def element_type(value: Any) -> str:
 
 
 def ease_attention(scores: Any, join: bool = False) -> None:
-    """Attention of own tokens to a context and to themselves, in a form that OpenVINO's fused attention takes whole. Keys are read
-    crosswise, in place of transposed number by number. The shapes in which heads are apart and together are written in, not computed.
+    """Attention of own tokens to a context and to themselves, with less around what OpenVINO fuses of it. Keys are transposed as whole rows
+    and read crosswise, in place of number by number. The shapes in which heads are apart and together are written in, not computed.
 
     join: keys and values by one product, those of the context and those of own tokens, and transposed at once. That makes fewer nodes, each
     of which takes some 10 µs when its shapes differ from those of the last run, as they do from step to step.
