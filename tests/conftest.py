@@ -155,6 +155,27 @@ def int7(made: Make) -> Path:
     return made("int7", "--precision", "int8", "--weight-bits", "7", "--calibration-images", "8", "--float-layers", "none")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where OpenVINO keeps its compiled graphs."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENAT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[Pipeline]:
+    """The bundled engine on ONNX Runtime, whatever else is installed."""
+    with Pipeline.load(backend="onnxruntime") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="session")
+def precisions(fp16: Path, int8: Path, int8_fp16: Path) -> dict[str, Path]:
+    return {"fp16": fp16, "int8": int8, "int8-fp16": int8_fp16}
+
+
 @pytest.fixture(scope="session")
 def bundled() -> Iterator[Pipeline]:
     """The bundled engine."""

@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,13 +23,12 @@ import openvino as ov
 import pytest
 from conftest import invoke, list_anew, refused
 from numpy.typing import NDArray
-from openvino import opset13 as ops
 
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
 from enat.runtime import backends
-from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
+from enat.runtime.backends import openvino_cache, openvino_cpu
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import CompiledGraphs, Kernels, graph_options
 from enat.runtime.cli import main
@@ -40,30 +38,13 @@ from enat.runtime.pipeline import Preview
 CLASSES = range(36)
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder")  # that pictures need
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ENAT_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[Pipeline]:
-    with Pipeline.load(backend="onnxruntime") as pipeline:
-        yield pipeline
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
 def openvino(cache: Path) -> Iterator[Pipeline]:
     with Pipeline.load(backend="openvino") as pipeline:
         yield pipeline
-
-
-@pytest.fixture(scope="module")
-def precisions(fp16: Path, int8: Path, int8_fp16: Path) -> dict[str, Path]:
-    return {"fp16": fp16, "int8": int8, "int8-fp16": int8_fp16}
 
 
 def test_tokens_of_two_hundred_pictures(openvino: Pipeline, reference: Pipeline) -> None:
@@ -95,11 +76,9 @@ def test_other_precisions(precisions: dict[str, Path], reference: Pipeline, name
     assert found.psnr is not None and found.psnr >= psnr
 
 
-NETWORK = {"encoder", "decoder"}
-
-
 @pytest.mark.parametrize(
-    ("name", "slow", "fast"), [("fp32", set(), set()), ("fp16", set(), {*GRAPHS}), ("int8", {"image_decoder"}, {*NETWORK, "image_decoder"})]
+    ("name", "slow", "fast"),
+    [("fp32", set(), set()), ("fp16", set(), {*GRAPHS}), ("int8", {"image_decoder"}, {"encoder", "decoder", "image_decoder"})],
 )
 def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, slow: set[str], fast: set[str]) -> None:
     """Where the CPU has it, and where it is faster than float32, which decides what a compiled graph is kept for."""
@@ -144,153 +123,6 @@ def test_kernels_that_saturate(precisions: dict[str, Path], tmp_path: Path) -> N
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     if "avx512_vnni" in flags or "avx_vnni" in flags:
         assert draw("openvino").returncode == 0
-
-
-def encoder_inputs(manifest: Manifest) -> dict[str, NDArray[Any]]:
-    rng, model = np.random.default_rng(0), manifest.model
-    return {
-        "tokens": rng.integers(0, model.codes, (2, 9)),
-        "positions": np.tile(np.arange(9), (2, 1)),
-        "features": rng.standard_normal((4, 20, model.dim), np.float32),
-        "encoder_modulation": rng.standard_normal((4, model.encoder_depth, 8, model.dim), np.float32),
-    }
-
-
-def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
-    """Each graph as it is read, and rewritten; group norms too, which are rewritten in 8-bit graphs alone otherwise."""
-    core, manifest = ov.Core(), reference.manifest
-    depth, length = manifest.model.encoder_depth, manifest.model.length
-    encoder = encoder_inputs(manifest)
-    tokens = np.random.default_rng(0).integers(0, manifest.model.codes, (2, length))
-    decoder = {"tokens": tokens, "positions": np.tile(np.arange(length), (2, 1))}
-    changes = {
-        "MatMul": ("encoder", encoder, openvino_graphs.ease_attention),
-        "joined MatMul": ("encoder", encoder, functools.partial(openvino_graphs.ease_attention, join=True)),
-        "Parameter": ("encoder", encoder, openvino_graphs.spread_modulation),
-        "MVN": ("image_decoder", decoder, openvino_graphs.spell_out_group_norm),
-    }
-    rewritten = {}
-    for kind, (graph, inputs, change) in changes.items():
-        plain, changed = (core.read_model(manifest.path(f"{graph}.onnx")) for _ in range(2))
-        for node in of_kind(changed, kind.split()[-1]):
-            change(node)
-        rewritten[kind] = changed
-        compiled = (core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for model in (plain, changed))
-        wanted, found = (model(inputs)[0].astype(np.float32) for model in compiled)
-        assert np.abs(found - wanted).max() <= (1 if kind == "MVN" else 1e-4 * np.abs(wanted).max())
-    products = {kind: of_kind(rewritten[kind], "MatMul") for kind in ("MatMul", "joined MatMul")}
-    assert all(sum(node.get_attributes()["transpose_b"] for node in found) == depth for found in products.values())
-    assert len(products["MatMul"]) - len(products["joined MatMul"]) == 2 * depth
-    computed = [node for node in of_kind(rewritten["MatMul"], "Reshape") if node.input_value(1).get_node().get_type_name() != "Constant"]
-    assert not any(node.get_output_partial_shape(0).rank.get_length() == 4 for node in computed)
-    assert len(of_kind(rewritten["Parameter"], "Split")) == 2  # scales, gates
-    additions = of_kind(rewritten["Parameter"], "Add")
-    assert not any(value.get_node().get_type_name() == "Split" for node in additions for value in node.input_values())
-    assert not of_kind(rewritten["MVN"], "MVN")
-
-
-def test_blocks_of_pixels_have_a_kernel(precisions: dict[str, Path]) -> None:
-    """What puts the levels of 8-bit graphs in their places is DepthToSpace to OpenVINO."""
-    model = ov.Core().read_model(precisions["int8"] / "image_decoder.onnx")
-    blocks = [node for node in of_kind(model, "Reshape") if node.get_output_partial_shape(0).rank.get_length() == 6]
-    shuffles = len(of_kind(model, "DepthToSpace"))
-    assert blocks
-    for node in of_kind(model, "Transpose"):
-        openvino_graphs.join_shuffle(node)
-    assert len(of_kind(model, "DepthToSpace")) == shuffles + len(blocks)
-    assert not any(node.get_output_partial_shape(0).rank.get_length() == 6 for node in of_kind(model, "Reshape"))
-
-
-def test_outputs_of_8_bit_convolutions_stay_float(precisions: dict[str, Path], reference: Pipeline) -> None:
-    """Quantized, as ONNX Runtime needs them, only where a convolution reads them; pictures are nearer to float32's than ONNX Runtime's."""
-    model = ov.Core().read_model(precisions["int8"] / "image_decoder.onnx")
-    openvino_graphs.rewrite(model)
-    for quantize in of_kind(model, "FakeQuantize"):
-        assert openvino_graphs.convolution_behind(quantize.input_value(0)) is None
-
-    classes = list(range(0, 36, 3))
-    tokens = reference.generate_tokens(classes, seed=3)
-    wanted = reference.decode(tokens).astype(float)
-    error = {}
-    for backend in ("openvino", "onnxruntime"):
-        with Pipeline.load(precisions["int8"], backend=backend) as pipeline:
-            error[backend] = ((pipeline.decode(tokens) - wanted) ** 2).mean()
-    assert error["openvino"] < error["onnxruntime"] / 1.5
-
-
-def contract(model: ov.Model) -> list[tuple[set[str], str]]:
-    return [(value.names, openvino_graphs.element_type(value)) for value in (*model.inputs, *model.outputs)]
-
-
-@pytest.mark.parametrize("graph", ["encoder", "decoder", "image_decoder"])
-@pytest.mark.parametrize("names", [("fp32", "fp16"), ("int8", "int8-fp16")])
-def test_graphs_of_float16_become_those_of_float32(
-    precisions: dict[str, Path], reference: Pipeline, names: tuple[str, str], graph: str
-) -> None:
-    """All but what goes in and out: so they get the same kernels, and are as fast."""
-    kinds = {}
-    for name in names:
-        model = ov.Core().read_model(precisions.get(name, reference.manifest.folder) / f"{graph}.onnx")
-        given = contract(model)
-        assert openvino_graphs.rewrite(model) == {}  # with OpenVINO's 8-bit pass
-        assert contract(model) == given
-        nodes = [node for node in model.get_ordered_ops() if node.get_type_name() not in ("Constant", "Convert")]
-        kinds[name] = Counter(node.get_type_name() for node in nodes)
-        inside = [value for node in nodes if node.get_type_name() not in ("Parameter", "Result") for value in node.outputs()]
-        assert "f16" not in {openvino_graphs.element_type(value) for value in inside}
-    assert kinds[names[0]] == kinds[names[1]]
-
-
-def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], reference: Pipeline) -> None:
-    """All that products read become signed, with and without AMX; the features differ by what a rounding moves now and then."""
-    core = ov.Core()
-    inputs = encoder_inputs(reference.manifest)
-    found = []
-    for tiles in (False, True):
-        graph = core.read_model(precisions["int8"] / "encoder.onnx")
-        settings = openvino_graphs.rewrite(graph, tiles)
-        lows = {float(openvino_graphs.constant_behind(node.input_value(3)).min()) for node in of_kind(graph, "FakeQuantize")}
-        assert lows == {-128.0 if tiles else 0.0}
-        found.append(core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})(inputs)[0])
-    assert np.abs(found[0] - found[1]).mean() < 1e-3 * found[0].std()
-
-
-@pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])
-def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
-    """Values that need few of the 256 steps, far from 0: what comes out is taken into 256 steps of some 0.03 again."""
-    channels, groups, side, zero, step, epsilon = 16, 4, 64, 128, 0.01, 1e-6
-    rng = np.random.default_rng(0)
-    codes = rng.normal(mean, deviation, (2, channels, side, side)).round().clip(0, 255).astype(np.uint8)
-    scale, shift = rng.normal(size=(2, 1, groups, 1)).astype(np.float32)
-    weight, bias = rng.normal(size=(2, 1, channels, 1, 1)).astype(np.float32)
-
-    given = ops.parameter([-1, channels, side, side], np.uint8)
-    x = ops.multiply(ops.subtract(ops.convert(given, "f32"), np.float32(zero)), np.float32(step))
-    normalized = ops.mvn(ops.reshape(x, [0, groups, -1], True), [2], True, epsilon, "inside_sqrt")
-    y = ops.reshape(ops.add(ops.multiply(normalized, scale), shift), [0, channels, side, side], True)
-    model = ov.Model([ops.add(ops.multiply(y, weight), bias)], [given])
-    for node in of_kind(model, "MVN"):
-        openvino_graphs.spell_out_group_norm(node)
-    assert not of_kind(model, "MVN")
-    found = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(codes)[0]
-
-    values = ((codes - float(zero)) * step).reshape(2, groups, -1)
-    wanted = (values - values.mean(2, keepdims=True)) / np.sqrt(values.var(2, keepdims=True) + epsilon) * scale + shift
-    assert np.abs(found - (wanted.reshape(found.shape) * weight + bias)).max() < 5e-3
-
-
-def of_kind(model: ov.Model, kind: str) -> list[Any]:
-    return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
-
-
-def test_group_norms_of_a_form_that_is_not_known(precisions: dict[str, Path], reference: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO's 8-bit pass would give wrong pictures: it is left out then."""
-    monkeypatch.setenv("ENAT_CACHE", "")
-    monkeypatch.setattr(openvino_graphs, "spell_out_group_norm", lambda node: None)
-    tokens = reference.generate_tokens(CLASSES, seed=0)
-    with Pipeline.load(precisions["int8"], "openvino") as engine:
-        error = (engine.decode(tokens).astype(float) - reference.decode(tokens)) ** 2
-    assert 10 * np.log10(255**2 / error.mean()) > 37
 
 
 def test_encode_and_previews(openvino: Pipeline, reference: Pipeline) -> None:
