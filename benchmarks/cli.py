@@ -22,7 +22,7 @@ from ..runtime.progress import progress_bar
 from .footprint import Footprint, footprint
 from .machine import device_name, versions
 from .measure import Case, Contender, Engine, Measurement, measure
-from .report import breakdown, draw_chart, footprints, times, title
+from .report import breakdown, draw_chart, footprints, growth, times, title
 
 COMPARED = ("reference", "reference-bfloat16", "reference-float16", "compile", "compile-bfloat16", "compile-float16")
 PLOTS = (".png", ".svg", ".pdf")
@@ -45,8 +45,8 @@ MOST_AT_ONCE = 65_536  # pictures
 @click.option("--batch", "batch_text", metavar="N[,N…]", default="1,4", show_default=True, help="Pictures drawn at once.")
 @click.option("--steps", "steps_text", metavar="N[,N…]", help="Sampling steps; default: the engine's.")
 @click.option("--tokens", is_flag=True, help="Without decoding the pictures.")
-@click.option("--warmup", default=1, show_default=True, help="Batches that each contender draws before it is timed.")
-@click.option("--repeats", default=5, show_default=True, help="Rounds; in each one every contender draws one batch.")
+@click.option("--warmup", default=1, show_default=True, help="Batches of each kind that every contender draws before it is timed.")
+@click.option("--repeats", default=5, show_default=True, help="Rounds; in each one every contender draws one batch of each kind.")
 @click.option("--compare", "compared", type=click.Choice(COMPARED), multiple=True, help="With PyTorch in the same run; may be repeated.")
 @click.option("--ckpt", type=click.Path(exists=True, path_type=Path), help="The checkpoint that the engine was exported from.")
 @click.option("--vqgan", type=click.Path(exists=True, path_type=Path), help="Its image tokenizer.")
@@ -70,7 +70,8 @@ def main(
 ) -> None:
     """Measure how fast engines draw pictures: latency by step and by graph, throughput, memory and load time.
 
-    Contenders take turns, so that what else the machine does meets all of them; figures are medians, ratios those of each round.
+    Contenders, batch sizes and steps take turns, so that what else the machine does meets all of them; figures are medians, ratios
+    those of each round.
     """
     if warmup < 0 or repeats < 1:
         raise InputError(f"expected 0 or more warm-ups and 1 or more repeats, got {warmup} and {repeats}")
@@ -114,7 +115,7 @@ def main(
                 folder, backend = one.pipeline.manifest.folder, one.pipeline.backend.name
                 taken.setdefault(one.name, {})[case] = footprint(folder, backend, device, threads, case)
                 bar.update()
-        found = [measure([*others, *pipes], case, warmup, repeats, bar.update) for case in cases]
+        found = measure([*others, *pipes], cases, warmup, repeats, bar.update)
     shares = [matrix_shares(pipes, measurements, rate) if rate else {} for measurements in found]
     names = [one.name for one in others]
     machine, installed = device_name(device), versions()
@@ -129,6 +130,8 @@ def main(
         click.echo(f"medians of {repeats} rounds; contenders take turns")
         for case, measurements, reached in zip(cases, found, shares, strict=True):
             click.echo(f"\n{title(case)}\n\n{times(measurements, names, reached)}\n\n{breakdown(measurements)}")
+        if growing := growth(found):
+            click.echo(f"\n{growing}")
         click.echo(f"\nin a process of its own, files and caches warm\n\n{footprints(taken)}")
     if plot:
         draw_chart(found, names, machine, plot)

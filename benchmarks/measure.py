@@ -138,7 +138,7 @@ class Measurement:
         return self.case.batch / self.median
 
     def times_faster(self, other: Measurement) -> float:
-        """Than another of the same case: the median over the rounds, in each of which both ran."""
+        """Than another: the median over the rounds, in each of which both ran."""
         return statistics.median(theirs / mine for theirs, mine in zip(other.seconds, self.seconds, strict=True))
 
     def summary(self) -> dict[str, Any]:
@@ -155,23 +155,25 @@ class Measurement:
 
 
 def measure(
-    contenders: Sequence[Contender], case: Case, warmup: int, repeats: int, advance: Callable[[], object] = lambda: None
-) -> list[Measurement]:
-    """Every contender's times for one case, round after round, each once a round. advance: called after every batch."""
-    result = [Measurement(one.name, case) for one in contenders]
-    for one in contenders:
+    contenders: Sequence[Contender], cases: Sequence[Case], warmup: int, repeats: int, advance: Callable[[], object] = lambda: None
+) -> list[list[Measurement]]:
+    """Every contender's times for each case, round after round, in each of which every contender draws every case once. advance: called
+    after every batch."""
+    result = [[Measurement(one.name, case) for one in contenders] for case in cases]
+    pairs = [(one, measurement) for row in result for one, measurement in zip(contenders, row, strict=True)]
+    for one, measurement in pairs:
         for _ in range(warmup):
-            one.draw(case)
+            one.draw(measurement.case)
             advance()
     for _ in range(repeats):
-        for one, measurement in zip(contenders, result, strict=True):
+        for one, measurement in pairs:
             start = time.perf_counter()
-            one.draw(case)
+            one.draw(measurement.case)
             measurement.seconds.append(time.perf_counter() - start)
             advance()
-    for one, measurement in zip(contenders, result, strict=True):
+    for one, measurement in pairs:
         if isinstance(one, Engine):
-            measurement.graphs, measurement.steps = break_down([one.watch(case) for _ in range(repeats)])
+            measurement.graphs, measurement.steps = break_down([one.watch(measurement.case) for _ in range(repeats)])
             advance()
     return result
 

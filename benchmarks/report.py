@@ -49,6 +49,16 @@ def breakdown(measurements: Sequence[Measurement]) -> str:
     return table(["milliseconds", *(graph.replace("_", " ") for graph in GRAPHS), "by step"], rows) if rows else ""
 
 
+def growth(found: Sequence[Sequence[Measurement]]) -> str:
+    """How many times as long a batch takes with every further number of steps as with the first; empty for one number of steps."""
+    first = found[0][0].case.steps
+    several = [row for row in found if row[0].case.steps != first]
+    short = {(one.name, one.case.batch): one for row in found for one in row if one.case.steps == first}
+    head = [f"times as long as with {first} steps", *(title(row[0].case) for row in several)]
+    lines = zip(*([f"{short[one.name, one.case.batch].times_faster(one):.2f}" for one in row] for row in several), strict=True)
+    return table(head, ([one.name, *line] for one, line in zip(found[0], lines, strict=True))) if several else ""
+
+
 def footprints(found: Mapping[str, Mapping[Case, Footprint]]) -> str:
     """Load time and memory of engines; cases are columns."""
     cases = list(dict.fromkeys(case for ones in found.values() for case in ones))

@@ -21,7 +21,8 @@ from enat import Pipeline
 from enat.benchmarks import slots
 from enat.benchmarks.cli import main, matrix_shares
 from enat.benchmarks.footprint import footprint
-from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down
+from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down, measure
+from enat.benchmarks.report import growth
 from enat.benchmarks.torch_contenders import CompiledBackend, Reference, TorchModels, torch_contender
 from enat.errors import BackendError
 from enat.runtime.manifest import read_manifest
@@ -121,16 +122,46 @@ def test_the_reference_decodes_in_its_own_precision(engines: Engines, dtype: tor
     assert seen == {dtype or torch.float32}
 
 
+def test_contenders_and_cases_take_turns() -> None:
+    drawn: list[tuple[str, Case]] = []
+
+    class One:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def draw(self, case: Case) -> None:
+            drawn.append((self.name, case))
+
+    cases, ticks = [Case(1, 8, False), Case(1, 16, False)], []
+    found = measure([One("a"), One("b")], cases, warmup=2, repeats=3, advance=lambda: ticks.append(1))
+    turn = [(name, case) for case in cases for name in "ab"]
+    assert drawn == [pair for pair in turn for _ in range(2)] + turn * 3 and len(ticks) == len(drawn)
+    assert [[(one.name, one.case) for one in row] for row in found] == [turn[:2], turn[2:]]
+    assert all(len(one.seconds) == 3 for row in found for one in row)
+
+
+def test_what_more_steps_cost() -> None:
+    def row(batch: int, steps: int, *seconds: list[float]) -> list[Measurement]:
+        return [Measurement(name, Case(batch, steps, True), one) for name, one in zip("ab", seconds, strict=True)]
+
+    found = [row(1, 8, [1, 2, 9], [2, 2, 2]), row(4, 8, [4, 4, 4], [8, 8, 8])]
+    assert growth(found) == ""
+    found += [row(1, 16, [2, 3, 9], [4, 4, 4]), row(4, 16, [7, 7, 7], [8, 8, 8])]
+    head, _, *lines = (line.split("|")[1:-1] for line in growth(found).splitlines())
+    assert [cell.strip() for cell in head] == ["times as long as with 8 steps", "1 picture, 16 steps", "4 pictures, 16 steps"]
+    assert [[cell.strip() for cell in line] for line in lines] == [["a", "1.50", "1.75"], ["b", "2.00", "1.00"]]
+
+
 def test_tables_and_chart(engines: Engines, tmp_path: Path) -> None:
     chart = tmp_path / "chart.png"
-    asked = ["--engine", engines("odd"), "--batch", 2, "--steps", 3, "--repeats", 2, "--tokens", "--plot", chart]
+    asked = ["--engine", engines("odd"), "--batch", 2, "--steps", "3,4", "--repeats", 2, "--tokens", "--plot", chart]
     result = bench(*asked, "--compare", "reference", "--ckpt", read_golden("odd").ckpt)
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
     assert "2 pictures, 3 steps, tokens only" in result.stdout
     assert "× reference, float32" in lines[0] and lines[2].split("|")[5].strip() == "1.00"
     tables = [list(table) for shown, table in groupby(result.stdout.splitlines(), lambda line: line.startswith("|")) if shown]
-    assert len(tables) > 2
+    assert len(tables) == 6 and "times as long as with 3 steps" in tables[4][0]
     for table in tables:
         assert len({len(line) for line in table}) == len({line.count("|") for line in table}) == 1
     with Image.open(chart) as picture:
