@@ -1,4 +1,4 @@
-"""Who gets a lane, and when what is closed is given back."""
+"""Who gets a lane, when what is closed is given back, and what one runs at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import pytest
 from enat import Pipeline
 from enat.errors import BackendError, InputError
 from enat.runtime.backends import lanes as lanes_module
+from enat.runtime.backends import onnxruntime_cpu
 from enat.runtime.backends.lanes import Lanes
-from enat.runtime.pipeline import Preview
+from enat.runtime.backends.onnxruntime_cpu import OnnxRuntimeLane
+from enat.runtime.pipeline import Drawing, Preview
 
 
 class Numbered:
@@ -269,3 +271,29 @@ def test_a_callback_that_would_wait_for_itself(engines: Callable[[str], Path], s
             with pytest.raises(InputError, match="a callback must not ask its pipeline for other pictures"):
                 pipe.generate([1], callback=lambda step, steps, preview, ask=ask: bool(ask()))  # type: ignore[misc]
         assert pipe.generate([1]).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_large_batches_go_through_the_network_in_parts(
+    engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """ONNX Runtime's; guided or not, and where a step reveals nothing."""
+    settings: list[Drawing] = [{"steps": 4}, {"steps": 3, "guidance": 0}, {"steps": 16}]
+    with Pipeline.load(engines("tiny"), "onnxruntime") as pipe:
+        expected = [pipe.generate(range(5), seed=3, **one) for one in settings]
+        model = pipe.manifest.model
+    monkeypatch.setattr(onnxruntime_cpu, "FEATURES", at_once * model.length * model.dim / 2)
+    ran: list[tuple[str, int]] = []
+    run_once = OnnxRuntimeLane.run_once
+
+    def listening(lane: OnnxRuntimeLane, graph: str, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        ran.append((graph, len(inputs["positions"]) if "positions" in inputs else 0))
+        return run_once(lane, graph, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeLane, "run_once", listening)
+    with Pipeline.load(engines("tiny"), "onnxruntime", threads=2) as pipe:
+        for one, pictures in zip(settings, expected, strict=True):
+            assert (pipe.generate(range(5), seed=3, **one) == pictures).all()
+    sizes = {graph: {count for name, count in ran if name == graph} for graph in ("encoder", "decoder", "sampler", "image_decoder")}
+    parts = {at_once, 5 % at_once} - {0}
+    assert sizes == {"encoder": parts, "decoder": parts, "sampler": {5}, "image_decoder": {1}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,18 +16,22 @@ class NumpyLane(ABC):
 
     records = False
     dry = False
+    # A picture's features in the image decoder fill a CPU's caches, and several pictures' a lot of memory.
+    pictures_at_once: Mapping[str, int] = MappingProxyType({"image_decoder": 1, "image_encoder": 1})
 
     @abstractmethod
     def run_once(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
         """Runs a graph on all of its inputs."""
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        count = len(next(iter(inputs.values())))
-        if graph not in ("image_decoder", "image_encoder") or count < 2:
+        size = self.pictures_at_once.get(graph)
+        batch = min(len(array) for array in inputs.values()) if size else 1
+        if not size or batch <= size:
             return self.run_once(graph, inputs)
-        # Pictures one by one: a picture's features fill a CPU's caches, and several pictures' a lot of memory.
-        pictures = [self.run_once(graph, {name: array[i : i + 1] for name, array in inputs.items()}) for i in range(count)]
-        return [np.concatenate(parts) for parts in zip(*pictures, strict=True)]
+        pieces = [slice(start, start + size) for start in range(0, batch, size)]
+        runs = [self.run_once(graph, {name: pictures(array, batch, piece) for name, array in inputs.items()}) for piece in pieces]
+        counts = [len(range(batch)[piece]) for piece in pieces]
+        return [joined(parts, counts) for parts in zip(*runs, strict=True)]
 
     def enter(self) -> None:  # noqa: B027
         """Any thread may use it."""
@@ -48,3 +53,16 @@ class NumpyLane(ABC):
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
         return list(program(arrays))
+
+
+def pictures(array: Array, batch: int, chosen: slice) -> Array:
+    """Some pictures' rows: the first `batch` rows are one of each picture, and so are those of each further branch of the guidance."""
+    branches = array.reshape(len(array) // batch, batch, *array.shape[1:])[:, chosen]
+    return branches.reshape(branches.shape[0] * branches.shape[1], *array.shape[1:])
+
+
+def joined(parts: Sequence[Array], counts: Sequence[int]) -> Array:
+    """The inverse, of as many pictures each."""
+    branches = [part.reshape(len(part) // count, count, *part.shape[1:]) for part, count in zip(parts, counts, strict=True)]
+    whole = np.concatenate(branches, axis=1)
+    return whole.reshape(whole.shape[0] * whole.shape[1], *whole.shape[2:])

@@ -18,6 +18,8 @@ from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
 from .sessions import CPU, Sessions, first_line
 
+FEATURES = 2**19  # 2 MB of float32 a core, of one of the tensors that a picture's tokens have
+
 
 @functools.cache
 def int8_saturates() -> bool:
@@ -48,6 +50,11 @@ def session_threads(threads: int | None, slots: int) -> int:
     return threads or 0 if slots == 1 else max(1, (threads or os.cpu_count() or 1) - slots + 1)
 
 
+def pictures_at_once(manifest: Manifest, threads: float) -> int:
+    """Of how many pictures the network's features fill the caches of so many cores: with more it draws no faster, but takes more memory."""
+    return max(1, int(FEATURES * threads / (manifest.model.length * manifest.model.dim)))
+
+
 class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
     """One session a graph, made when the graph is first run, and shared by all lanes."""
 
@@ -57,15 +64,18 @@ class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
         self.device = device
         options = session_options(manifest, threads, slots)
         sessions = Sessions(manifest.reading, options, lambda graph: CPU)
-        self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions), slots, sessions.close)
+        at_once = pictures_at_once(manifest, (threads or os.cpu_count() or 1) / slots)
+        self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions, at_once), slots, sessions.close)
         self.sessions = sessions
 
 
 class OnnxRuntimeLane(NumpyLane):
-    """Nothing of it belongs to one batch."""
+    """Nothing of it belongs to one batch. pictures: the network runs on no more of them at once, whatever the batch; by default on all."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, pictures: int | None = None) -> None:
         self.sessions = sessions
+        if pictures:
+            self.pictures_at_once = {**self.pictures_at_once, "encoder": pictures, "decoder": pictures}
 
     def outputs(self, graph: str) -> list[str]:
         """What is asked of a graph, by name: they may stand in any order."""
