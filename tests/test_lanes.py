@@ -278,10 +278,11 @@ def test_large_batches_go_through_the_network_in_parts(
     engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """ONNX Runtime's; guided or not, and where a step reveals nothing."""
-    settings: list[Drawing] = [{"steps": 4}, {"steps": 3, "guidance": 0}, {"steps": 16}]
+    settings: list[Drawing] = [{"steps": 4}, {"steps": 3, "guidance": 0}, {"steps": 20}]
     with Pipeline.load(engines("tiny"), "onnxruntime") as pipe:
         expected = [pipe.generate(range(5), seed=3, **one) for one in settings]
         model = pipe.manifest.model
+        assert any(step.index and step.new == 0 for step in pipe.schedule(20))
     monkeypatch.setattr(onnxruntime_cpu, "FEATURES", at_once * model.length * model.dim / 2)
     ran: list[tuple[str, int]] = []
     run_once = OnnxRuntimeLane.run_once

@@ -43,11 +43,15 @@ def session_options(manifest: Manifest, threads: int | None = None, slots: int =
     return options
 
 
+def threads_used(threads: int | None) -> int:
+    return threads or os.cpu_count() or 1
+
+
 def session_threads(threads: int | None, slots: int) -> int:
     """Of a session, which counts one that runs it among its threads: all that run it and those of its own are to be `threads`, by default
     as many as the machine has. 0: as ONNX Runtime chooses for one.
     """
-    return threads or 0 if slots == 1 else max(1, (threads or os.cpu_count() or 1) - slots + 1)
+    return threads or 0 if slots == 1 else max(1, threads_used(threads) - slots + 1)
 
 
 def pictures_at_once(manifest: Manifest, threads: float) -> int:
@@ -64,7 +68,7 @@ class OnnxRuntimeBackend(LaneBackend["OnnxRuntimeLane"]):
         self.device = device
         options = session_options(manifest, threads, slots)
         sessions = Sessions(manifest.reading, options, lambda graph: CPU)
-        at_once = pictures_at_once(manifest, (threads or os.cpu_count() or 1) / slots)
+        at_once = pictures_at_once(manifest, threads_used(threads) / slots)
         self.lanes = Lanes(lambda: OnnxRuntimeLane(sessions, at_once), slots, sessions.close)
         self.sessions = sessions
 
