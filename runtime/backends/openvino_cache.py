@@ -34,6 +34,13 @@ class CompiledGraph:
         self.model = model
         self.mapping = mapping
         self.tensor = tensor  # OpenVINO does not keep the mapping alive
+        self.packed = False
+
+    def ran(self) -> None:
+        """To be called after every run: in the first one, kernels pack the weights."""
+        if not self.packed:
+            self.packed = True
+            self.give_back()
 
     def give_back(self) -> None:
         """The file's pages, for the system to reuse. What is needed again is read again."""

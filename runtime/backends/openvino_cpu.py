@@ -155,6 +155,13 @@ class CompiledGraphs:
         model = self.core.read_model(path)
         return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, self.tiles)})
 
+    def give_back(self) -> None:
+        """The pages of all files that were read."""
+        with self.lock:
+            loaded = [one for one in self.loading.values() if one.done() and not one.cancelled() and not one.exception()]
+        for one in loaded:
+            one.result().give_back()
+
     def close(self) -> None:
         self.loader.shutdown(wait=False, cancel_futures=True)
         self.loading.clear()
@@ -182,13 +189,15 @@ class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
         self.give_back()
 
     def give_back(self) -> None:
-        """Gives the system what batches of other sizes have left between what is in use: glibc keeps it, and more with every new size.
-        At most once in a while, as it takes milliseconds.
+        """Gives the system what batches of other sizes have left: pages of graphs' files that their kernels have packed, and what lies
+        between what is in use, which glibc keeps, and more of it with every new size. At most once in a while, as it takes milliseconds.
         """
         now = time.monotonic()
-        if MALLOC_TRIM and now - self.trimmed > TRIM_SECONDS:
+        if now - self.trimmed > TRIM_SECONDS:
             self.trimmed = now
-            MALLOC_TRIM(0)
+            self.graphs.give_back()
+            if MALLOC_TRIM:
+                MALLOC_TRIM(0)
 
 
 class OpenVinoLane(NumpyLane):
@@ -224,7 +233,7 @@ class OpenVinoLane(NumpyLane):
             for name, array in arrays.items():
                 request.set_tensor(name, tensor(array))
             request.infer()
-            compiled.give_back()
+            compiled.ran()
         except RuntimeError as error:
             raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
         return list(outputs.values())
@@ -232,5 +241,6 @@ class OpenVinoLane(NumpyLane):
 
 def tensor(array: Array) -> Any:
     """OpenVINO's view of a contiguous array that can be written, without a copy; of nothing there is nothing to view."""
-    dtype = np.dtype(array.dtype.name)  # OpenVINO does not know `long long`, though it is int64 too
-    return ov.Tensor(array.view(dtype), shared_memory=True) if array.size else ov.Tensor(dtype, array.shape)
+    if array.dtype == np.int64:
+        array = array.view(np.int64)  # OpenVINO does not know `long long`, though it is int64 too
+    return ov.Tensor(array, shared_memory=True) if array.size else ov.Tensor(array.dtype, array.shape)
