@@ -59,8 +59,14 @@ def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeyp
     open_backend("auto", manifest, "cuda:0")
     assert tried == ["tensorrt", "onnxruntime"]
     assert open_backend("auto", manifest).name == "onnxruntime"
-    wide = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, dim=1024))
-    assert open_backend("auto", wide).name == "openvino"
+    for precision, dim, taken in (
+        ("fp32", 383, "onnxruntime"),
+        ("fp32", 384, "openvino"),
+        ("int8", 255, "onnxruntime"),
+        ("int8", 256, "openvino"),
+    ):
+        other = dataclasses.replace(manifest, precision=precision, model=dataclasses.replace(manifest.model, dim=dim))
+        assert open_backend("auto", other).name == taken
     monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError(f"{name} fails")))
     with pytest.raises(BackendError, match="tensorrt fails; onnxruntime fails"):
         open_backend("auto", manifest, "cuda:0")

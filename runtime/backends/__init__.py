@@ -33,7 +33,8 @@ BACKENDS = {
     "tensorrt": {"cuda": ("tensorrt", "TensorRTBackend")},
 }
 AUTO = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}  # in the order of trying
-WIDE = 384  # on a CPU; in narrower networks OpenVINO's work between the products outweighs what it gains in them
+# On a CPU; in narrower networks OpenVINO's work between the products outweighs what it gains in them.
+WIDE, WIDE_IN_8_BITS = 384, 256
 # What to install for a kind of device, or for one backend.
 EXTRAS = {"cpu": "cpu", "cuda": "cuda", "openvino": "openvino", "tensorrt": "gpu", "onnxruntime-tensorrt": "gpu"}
 
@@ -114,7 +115,7 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
         return load_backend(name, kind, manifest, device, threads, slots)
     reasons: list[str] = []
     notable: list[str] = []  # of what is there, and was to be used
-    for candidate in in_order(kind, manifest.model.dim):
+    for candidate in in_order(kind, manifest):
         try:
             backend = load_backend(candidate, kind, manifest, device, threads, slots)
             with contextlib.ExitStack() as stack:
@@ -132,9 +133,10 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     raise BackendError("; ".join(dict.fromkeys(reasons)))
 
 
-def in_order(kind: str, dim: int) -> Sequence[str]:
-    """The backends to try for a kind of device, for a network of a width. enat-bench measures which is faster on a machine."""
-    return AUTO[kind][::-1] if kind == "cpu" and dim < WIDE else AUTO[kind]
+def in_order(kind: str, manifest: Manifest) -> Sequence[str]:
+    """The backends to try for a kind of device and an engine. enat-bench measures which is faster on a machine."""
+    wide = WIDE_IN_8_BITS if manifest.precision == "int8" else WIDE
+    return AUTO[kind][::-1] if kind == "cpu" and manifest.model.dim < wide else AUTO[kind]
 
 
 def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Candidate:
