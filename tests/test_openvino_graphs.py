@@ -129,6 +129,41 @@ def test_signed_features_are_the_same_numbers(precisions: dict[str, Path], refer
     assert np.abs(found[0] - found[1]).mean() < 1e-3 * found[0].std()
 
 
+def test_attention_is_quantized_in_one_pass(precisions: dict[str, Path], reference: Pipeline) -> None:
+    """By a node that does something else too; on its own, FakeQuantize takes float32, into which OpenVINO brings bfloat16 before."""
+    core, inputs, found = ov.Core(), encoder_inputs(reference.manifest), []
+    for change in (lambda model: None, openvino_graphs.rewrite):
+        model = core.read_model(precisions["int8"] / "encoder.onnx")
+        change(model)
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ordered_ops()]
+        found.append((kinds.count("FakeQuantize"), compiled(inputs)[0]))
+    (alone, wanted), (left, features) = found
+    assert alone == reference.manifest.model.encoder_depth and left == 0
+    assert np.abs(features - wanted).mean() < 1e-3 * wanted.std()
+
+
+def test_zeros_around_convolutions_are_there_before_quantizing(precisions: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures. With AMX, whose kernel does not need it, they are left to the convolution."""
+    core, found = ov.Core(), []
+    tokens = np.random.default_rng(0).integers(0, 512, (2, 64))
+
+    def upsamplings(model: ov.Model) -> list[Any]:
+        return [node for node in of_kind(model, "Convolution") if list(node.input_value(1).get_shape())[2:] == [2, 2]]
+
+    for tiles, padded in ((True, False), (False, True), (False, False)):
+        if not (tiles or padded):
+            monkeypatch.setattr(openvino_graphs, "pad_beforehand", lambda node: None)
+        model = core.read_model(precisions["int8"] / "image_decoder.onnx")
+        openvino_graphs.rewrite(model, tiles)
+        found_here = upsamplings(model)
+        assert found_here and all(any(node.get_attributes()["pads_begin"]) != padded for node in found_here)
+        assert len(of_kind(model, "Pad")) == len(found_here) * padded
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found.append(compiled({"tokens": tokens, "positions": np.tile(np.arange(64), (2, 1))})[0].astype(int))
+    assert (found[1] == found[2]).all()
+
+
 @pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])
 def test_group_norms_of_8_bit_values(mean: float, deviation: float) -> None:
     """Values that need few of the 256 steps, far from 0: what comes out is taken into 256 steps of some 0.03 again."""
