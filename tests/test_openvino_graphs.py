@@ -159,9 +159,10 @@ def test_zeros_around_convolutions_are_there_before_quantizing(precisions: dict[
         found_here = upsamplings(model)
         assert found_here and all(any(node.get_attributes()["pads_begin"]) != padded for node in found_here)
         assert len(of_kind(model, "Pad")) == len(found_here) * padded
-        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found.append(compiled({"tokens": tokens, "positions": np.tile(np.arange(64), (2, 1))})[0].astype(int))
-    assert (found[1] == found[2]).all()
+        if not tiles:
+            compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            found.append(compiled({"tokens": tokens, "positions": np.tile(np.arange(64), (2, 1))})[0])
+    assert (found[0] == found[1]).all()
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(128, 20), (128, 1), (128, 0.5), (160, 1), (20, 3)])

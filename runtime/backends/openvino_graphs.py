@@ -244,8 +244,8 @@ def keep_output_float(quantize: Any) -> None:
         return
     # A limit that is never met: where sums and means read a convolution's output itself, OpenVINO's 8-bit pass takes the scales of
     # its weights through them, wrongly (16 dB in place of 44).
-    limit = float(np.finfo(np.float32).max)
-    narrowed.output(0).replace(ops.clamp(quantize.input_value(0), -limit, limit).output(0))
+    largest = float(np.finfo(np.float32).max)
+    narrowed.output(0).replace(ops.clamp(quantize.input_value(0), -largest, largest).output(0))
     dequantized.output(0).replace(widened.input_value(0))
 
 
