@@ -19,6 +19,7 @@ from PIL import Image
 from enat import Pipeline
 from enat.calibration.calibrate import Settings
 from enat.export.convert import Precision, convert_engine
+from enat.runtime.backends.onnxruntime_cpu import pictures_at_once
 from enat.runtime.pictures import sheet
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
@@ -38,6 +39,13 @@ def test_tokens_are_those_of_python(plain: Path, bundled: Pipeline, tmp_path: Pa
     tokens = tokens_of(plain, tmp_path, "--class", "all", "--seed", seed, "--batch-size", 7, *options)
     assert tokens.dtype == np.int64
     assert np.array_equal(tokens, bundled.generate_tokens(range(36), seed=seed, **chosen))
+
+
+def test_large_batches_are_drawn_in_smaller_ones(plain: Path, bundled: Pipeline, tmp_path: Path) -> None:
+    """The network's features of 72 pictures do not fit into one core's caches."""
+    assert pictures_at_once(bundled.manifest, 1) < 72
+    tokens = tokens_of(plain, tmp_path, "--class", "all", "--num", 2, "--seed", 9, "--batch-size", 72, "--threads", 1)
+    assert np.array_equal(tokens, bundled.generate_tokens(range(36), num=2, seed=9))
 
 
 @pytest.mark.parametrize(

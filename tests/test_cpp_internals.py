@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_cores import CONTROL_GROUPS, system
 from test_noise import VECTORS
 
 from enat.runtime.backends.cache_folder import cache_folder
+from enat.runtime.backends.onnxruntime_cpu import pictures_at_once
 from enat.runtime.cores import allowed_threads
 from enat.runtime.manifest import FILE, manifest_text, read_manifest
 from enat.runtime.noise import step_noise
@@ -128,3 +130,13 @@ def test_schedules(internals: ctypes.CDLL) -> None:
             assert made == len(expected)
             assert counts[:made].tolist() == [[step.masked, step.keep] for step in expected]
             assert scalars[:made].tolist() == [[step.guidance, step.sampling_temperature, step.mask_temperature] for step in expected]
+
+
+def test_batches_that_are_drawn_in_smaller_ones(internals: ctypes.CDLL) -> None:
+    """As in Python, and on GPUs never."""
+    internals.test_pictures_at_once.restype = ctypes.c_uint64
+    manifest = read_manifest(BUNDLED_ENGINE)
+    for grid, dim, threads, slots in ((8, 256, 1, 1), (16, 1024, 2, 1), (16, 1024, 1, 2), (16, 768, 16, 3), (32, 1024, 1, 1)):
+        model = replace(manifest.model, grid=grid, dim=dim)
+        found = [internals.test_pictures_at_once(*map(ctypes.c_int64, (grid, dim)), device, threads, slots) for device in (b"cpu", b"cuda")]
+        assert found == [pictures_at_once(replace(manifest, model=model), threads / slots), 0]

@@ -16,6 +16,7 @@ namespace enat {
 namespace {
 
 constexpr std::int64_t safe_weight_bits = 7;
+constexpr std::int64_t cached_features = std::int64_t{1} << 19;  // 2 MB of float32 a core, of one of the tensors that tokens have
 
 using Pairs = std::vector<std::pair<std::string, std::string>>;
 
@@ -40,11 +41,18 @@ bool int8_saturates(Ort::Env& env) {
     return saturates;
 }
 
+/// How many threads an engine's graphs use together.
+int threads_used(const Options& options) {
+    if (options.threads) return options.threads;
+    const int allowed = allowed_threads();
+    return allowed ? allowed : machine_threads();
+}
+
 /// Threads of a session, which counts one that runs it among them: all that run it and those of its own are to be as many as were asked
 /// for, by default as the process may use. 0: as ONNX Runtime chooses for one.
 int session_threads(const Options& options) {
-    const int threads = options.threads ? options.threads : allowed_threads();
-    return options.slots == 1 ? threads : std::max(1, (threads ? threads : machine_threads()) - options.slots + 1);
+    if (options.slots == 1) return options.threads ? options.threads : allowed_threads();
+    return std::max(1, threads_used(options) - options.slots + 1);
 }
 
 /// Calls an `Update…ProviderOptions` of ONNX Runtime.
@@ -131,6 +139,12 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " cannot use " + options.device + " (" +
                            provider + "): " + first_line(error.what()));
     }
+}
+
+std::optional<std::size_t> pictures_at_once(const Model& model, const Options& options) {
+    if (parse_device(options.device).cuda) return std::nullopt;
+    const std::int64_t pictures = cached_features * threads_used(options) / options.slots / (model.length() * model.dim);
+    return static_cast<std::size_t>(std::max<std::int64_t>(1, pictures));
 }
 
 }  // namespace enat

@@ -3,6 +3,9 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include <cstddef>
+#include <optional>
+
 #include "enat/enat.hpp"
 #include "graphs.hpp"
 #include "manifest.hpp"
@@ -12,5 +15,9 @@ namespace enat {
 /// Settings for the session of one of an engine's graphs. Throws InputError for options out of their range, BackendError where this build
 /// of ONNX Runtime does not have the execution provider or cannot start it.
 Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph);
+
+/// Of how many pictures the network's features fill the caches of a slot's share of the threads: with more it draws no faster, but takes
+/// more memory. Nothing on a GPU, where more are faster.
+std::optional<std::size_t> pictures_at_once(const Model& model, const Options& options);
 
 }  // namespace enat

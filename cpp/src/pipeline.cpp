@@ -1,12 +1,14 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
 
 #include "classes.hpp"
 #include "enat/enat.hpp"
+#include "execution_providers.hpp"
 #include "graphs.hpp"
 #include "loop.hpp"
 #include "manifest.hpp"
@@ -106,16 +108,21 @@ struct Pipeline::Loaded {
     static std::unique_ptr<Loaded> open(const std::filesystem::path& engine, const Options& options);
 
     Loaded(const std::filesystem::path& engine, const Options& options)
-        : slots(options.slots), manifest(read_manifest(engine, options.verify)), graphs(manifest, options) {
+        : slots(options.slots),
+          manifest(read_manifest(engine, options.verify)),
+          graphs(manifest, options),
+          at_once(pictures_at_once(manifest.model, options)) {
         manifest.require_unchanged();
     }
 
-    /// Draws batch by batch; `use` is given the tokens [batch, length] of each while the batch's slot is held.
+    /// Draws batch by batch, or without a callback, which sees whole batches, in smaller ones where these are better; `use` is given the
+    /// tokens [batch, length] of each while its slot is held.
     void draw(const Request& request, const Callback& callback, const Use& use);
 
     Slots slots;
     Manifest manifest;
     Graphs graphs;
+    std::optional<std::size_t> at_once;  // pictures that are drawn together, whatever the batch: all of it without a number
 };
 
 std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::path& engine, const Options& options) {
@@ -134,10 +141,11 @@ std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::
 
 void Pipeline::Loaded::draw(const Request& request, const Callback& callback, const Use& use) {
     const std::size_t count = request.labels.size(), steps = request.steps.size();
-    const std::size_t total = ((count - 1) / request.batch_size + 1) * steps;
+    const std::size_t batch = callback ? request.batch_size : std::min(request.batch_size, at_once.value_or(request.batch_size));
+    const std::size_t total = ((count - 1) / batch + 1) * steps;
     std::size_t done = 0;  // steps of the batches before
-    for (std::size_t first = 0; first < count; first += request.batch_size, done += steps) {
-        const auto last = static_cast<std::ptrdiff_t>(std::min(first + request.batch_size, count));
+    for (std::size_t first = 0; first < count; first += batch, done += steps) {
+        const auto last = static_cast<std::ptrdiff_t>(std::min(first + batch, count));
         const auto start = static_cast<std::ptrdiff_t>(first);
         OnStep on_step;
         std::exception_ptr theirs;  // what the callback threw

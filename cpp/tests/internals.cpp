@@ -7,6 +7,7 @@
 
 #include "cache_folder.hpp"
 #include "cores.hpp"
+#include "execution_providers.hpp"
 #include "manifest.hpp"
 #include "noise.hpp"
 #include "schedule.hpp"
@@ -53,6 +54,18 @@ EXPORT std::int64_t test_schedule(std::int64_t length, std::int64_t steps, doubl
 EXPORT double test_least_quota(const char* root) { return enat::least_quota(root).value_or(0); }
 
 EXPORT int test_allowed_threads() { return enat::allowed_threads(); }
+
+/// 0 where a batch is never too large.
+EXPORT std::uint64_t test_pictures_at_once(std::int64_t grid, std::int64_t dim, const char* device, int threads, int slots) {
+    enat::Model model;
+    model.grid = grid;
+    model.dim = dim;
+    enat::Options options;
+    options.device = device;
+    options.threads = threads;
+    options.slots = slots;
+    return enat::pictures_at_once(model, options).value_or(0);
+}
 
 /// Where what is compiled from an engine is kept, or why it cannot be.
 EXPORT const char* test_cache_folder(const char* engine) {

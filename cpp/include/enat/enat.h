@@ -41,7 +41,7 @@ typedef int (*enat_callback)(size_t step, size_t steps, const enat_preview* prev
 
 typedef struct {
     int32_t num;                 /* images a class */
-    int32_t batch_size;          /* images drawn at once */
+    int32_t batch_size;          /* images drawn at once, at most */
     const uint64_t* seeds;       /* one an image; or one: image i of the request has seeds[0] + i (mod 2^64); NULL: at random */
     size_t seed_count;           /* of `seeds` */
     int64_t steps;               /* 1 … length; 0: the engine's own */

@@ -116,7 +116,7 @@ struct Settings {
     std::optional<std::int64_t> steps;  // 1 … length
     std::optional<double> guidance;     // scale of the classifier-free guidance, 0 for none
     std::optional<double> mask_temperature, sampling_temperature;  // at the first step, falling to 0
-    int batch_size = 8;                                            // images drawn at once
+    int batch_size = 8;                                            // images drawn at once, at most
     Callback callback;
 };
 
