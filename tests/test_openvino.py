@@ -28,7 +28,7 @@ from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.compare import compare
 from enat.runtime import backends
-from enat.runtime.backends import openvino_cache, openvino_cpu
+from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
 from enat.runtime.backends.openvino_cpu import CompiledGraphs, Kernels, graph_options
 from enat.runtime.cli import main
@@ -95,6 +95,18 @@ def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, slow:
         assert {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"} == graphs
         files.append({graph: GraphCache(core, manifest, options).file(graph) for graph in GRAPHS})
         assert {graph for graph in GRAPHS if files[-1][graph] != files[0][graph]} == graphs
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_keys_and_values_are_joined_in_bfloat16(precisions: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """In float32 copying them costs more than fewer nodes gain."""
+    joined: list[bool] = []
+    monkeypatch.setenv("ENAT_CACHE", "")
+    monkeypatch.setattr(Kernels, "of", lambda core: Kernels(bfloat16=fast, fast_bfloat16=fast))
+    monkeypatch.setattr(openvino_graphs, "ease_attention", lambda scores, join=False: joined.append(join))
+    with Pipeline.load(precisions["int8"], "openvino") as engine:
+        assert engine.generate_tokens([1], seed=0).shape == (1, 8, 8)
+    assert set(joined) == {fast}
 
 
 def test_kernels_of_this_machine() -> None:

@@ -153,7 +153,9 @@ class CompiledGraphs:
 
     def compile(self, graph: str, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
-        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, self.tiles)})
+        options = self.options(graph)
+        bfloat16 = options["INFERENCE_PRECISION_HINT"] == "bf16"
+        return self.core.compile_model(model, "CPU", {**options, **rewrite(model, self.tiles, bfloat16)})
 
     def give_back(self) -> None:
         """The pages of all files that were read."""

@@ -10,8 +10,9 @@ from openvino import Model
 from openvino import opset13 as ops
 
 
-def rewrite(model: Model, tiles: bool = False) -> dict[str, str]:
-    """Changes a graph of an engine in place. tiles: for AMX. Returns the settings that it must be compiled with."""
+def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False) -> dict[str, str]:
+    """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it. Returns the settings that it must be compiled
+    with."""
     kinds = {node.get_type_name() for node in model.get_ordered_ops()}
     if kinds & {"MatMul", "Convolution"}:
         widen(model)  # and not the table of modulation, which would be twice as large
@@ -24,7 +25,7 @@ def rewrite(model: Model, tiles: bool = False) -> dict[str, str]:
         if node.get_type_name() == "FakeQuantize" and tiles:
             make_signed(node)
         elif node.get_type_name() == "MatMul":
-            ease_attention(node, join=tiles)
+            ease_attention(node, join=bfloat16)
         elif node.get_type_name() == "Parameter":
             spread_modulation(node)
         elif node.get_type_name() == "Transpose":
@@ -78,7 +79,8 @@ def ease_attention(scores: Any, join: bool = False) -> None:
     and read crosswise, in place of number by number. The shapes in which heads are apart and together are written in, not computed.
 
     join: keys and values by one product, those of the context and those of own tokens, and transposed at once. That makes fewer nodes, each
-    of which takes some 10 µs when its shapes differ from those of the last run, as they do from step to step.
+    of which takes some 10 µs when its shapes differ from those of the last run, as they do from step to step; in float32 copying them
+    costs more than that.
     """
     attended = reader(reader(scores, "Softmax"), "MatMul")
     if attended is None or scores.get_attributes()["transpose_b"]:
