@@ -31,7 +31,7 @@ def encoder_inputs(manifest: Manifest) -> dict[str, NDArray[Any]]:
 
 
 def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
-    """Each graph as it is read, and rewritten; group norms too, which are rewritten in 8-bit graphs alone otherwise."""
+    """Each graph as it is read, and rewritten."""
     core, manifest = ov.Core(), reference.manifest
     depth, length = manifest.model.encoder_depth, manifest.model.length
     encoder = encoder_inputs(manifest)
@@ -61,6 +61,27 @@ def test_rewritten_graphs_compute_the_same(reference: Pipeline) -> None:
     additions = of_kind(rewritten["modulation"], "Add")
     assert not any(value.get_node().get_type_name() == "Split" for node in additions for value in node.input_values())
     assert not of_kind(rewritten["group norms"], "MVN")
+
+
+@pytest.mark.parametrize("graph", ["image_decoder", "image_encoder"])
+def test_all_that_is_elementwise_is_one_kernel(reference: Pipeline, graph: str) -> None:
+    """Between convolutions and means, where shapes are known beforehand; and the pictures and tokens are the same."""
+    core, manifest = ov.Core(), reference.manifest
+    tokens = reference.generate_tokens([3, 4], seed=0)
+    inputs: Any = {"tokens": tokens.reshape(2, -1).view(np.int64), "positions": np.tile(np.arange(manifest.model.length), (2, 1))}
+    if graph == "image_encoder":
+        inputs = {"images": reference.decode(tokens)}
+    found = []
+    for pictures in (None, 2):
+        model = core.read_model(manifest.path(f"{graph}.onnx"))
+        openvino_graphs.rewrite(model, pictures=pictures)
+        assert len(of_kind(model, "Sigmoid")) == (0 if pictures else len(of_kind(model, "ReduceMean")) / 2)
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found.append(compiled(inputs)[0].astype(int))
+        kinds = Counter(node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ordered_ops())
+        assert not pictures or "Eltwise" not in kinds
+    same = np.abs(found[0] - found[1]) <= (graph == "image_decoder")
+    assert same.mean() > 0.99
 
 
 def test_blocks_of_pixels_have_a_kernel(precisions: dict[str, Path]) -> None:

@@ -155,7 +155,8 @@ class CompiledGraphs:
         model = self.core.read_model(path)
         options = self.options(graph)
         bfloat16 = options["INFERENCE_PRECISION_HINT"] == "bf16"
-        return self.core.compile_model(model, "CPU", {**options, **rewrite(model, self.tiles, bfloat16)})
+        pictures = OpenVinoLane.pictures_at_once.get(graph)
+        return self.core.compile_model(model, "CPU", {**options, **rewrite(model, self.tiles, bfloat16, pictures)})
 
     def give_back(self) -> None:
         """The pages of all files that were read."""

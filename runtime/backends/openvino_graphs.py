@@ -10,16 +10,19 @@ from openvino import Model
 from openvino import opset13 as ops
 
 
-def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False) -> dict[str, str]:
-    """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it. Returns the settings that it must be compiled
-    with."""
+def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, pictures: int | None = None) -> dict[str, str]:
+    """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it; pictures: that it is given at a time, where it
+    is always as many. Returns the settings that it must be compiled with.
+    """
+    if pictures:
+        model.reshape({value.any_name: [pictures, *list(value.partial_shape)[1:]] for value in model.inputs})
     kinds = {node.get_type_name() for node in model.get_ordered_ops()}
     if kinds & {"MatMul", "Convolution"}:
         widen(model)  # and not the table of modulation, which would be twice as large
     # No list of all nodes is held beyond a loop: what fell out of the graph would live on, and be found among a value's readers.
-    quantizations = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
-    for node in quantizations:
-        keep_output_float(node)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize":
+            keep_output_float(node)
     model.validate_nodes_and_infer_types()
     for node in model.get_ordered_ops():
         if node.get_type_name() == "FakeQuantize" and tiles:
@@ -30,10 +33,12 @@ def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False) -> dict[s
             spread_modulation(node)
         elif node.get_type_name() == "Transpose":
             join_shuffle(node)
-        elif node.get_type_name() == "MVN" and quantizations:
+        elif node.get_type_name() == "MVN":
             spell_out_group_norm(node)
         elif node.get_type_name() == "Convolution" and not tiles:
             pad_beforehand(node)
+        elif node.get_type_name() == "Sigmoid" and not node.get_output_partial_shape(0).is_dynamic:
+            spell_out_silu(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
     # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
     return {"LP_TRANSFORMS_MODE": "NO"} if left >= {"MVN", "Convolution", "FakeQuantize"} else {}
@@ -269,11 +274,24 @@ def pad_beforehand(convolution: Any) -> None:
     if list(shape)[2:] != [2, 2] or pads != attributes["pads_end"] or not any(pads) or quantize is None:
         return
     padded = ops.pad(quantize.input_value(0), integers(0, 0, *pads), integers(0, 0, *pads), "constant", ops.constant(np.float32(0)))
-    quantize.input(0).replace_source_output(limit(padded, [1, shape[1], 1, 1]).output(0))
+    quantize.input(0).replace_source_output(padded.output(0))
     given = [convolution.input_value(port) for port in (0, 1)]
     bare = ops.convolution(*given, attributes["strides"], [0, 0], [0, 0], attributes["dilations"])
     bare.set_friendly_name(convolution.get_friendly_name())
     convolution.output(0).replace(bare.output(0))
+
+
+def spell_out_silu(sigmoid: Any) -> None:
+    """x · sigmoid(x) as x / (1 + exp(−x)), which OpenVINO computes faster than by its kernel for the former: where all shapes are known
+    beforehand, in one pass with what scales, shifts and quantizes, and elsewhere in two.
+    """
+    x = sigmoid.input_value(0)
+    for port in sigmoid.output(0).get_target_inputs():
+        product = port.get_node()
+        if product.get_type_name() == "Multiply" and product.input_value(1 - port.get_index()) == x:
+            one = ops.constant(np.float32(1))
+            exponential = ops.exp(ops.multiply(x, ops.constant(np.float32(-1))))  # a Negative would have it recognized
+            product.output(0).replace(ops.divide(x, ops.add(exponential, one)).output(0))
 
 
 def quantize_behind(value: Any) -> Any:
