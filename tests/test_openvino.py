@@ -30,7 +30,7 @@ from enat.export.compare import compare
 from enat.runtime import backends
 from enat.runtime.backends import openvino_cache, openvino_cpu, openvino_graphs
 from enat.runtime.backends.openvino_cache import GraphCache
-from enat.runtime.backends.openvino_cpu import CompiledGraphs, Kernels, graph_options
+from enat.runtime.backends.openvino_cpu import CompiledGraphs, Kernels, graph_form, graph_options
 from enat.runtime.cli import main
 from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import Preview
@@ -92,8 +92,10 @@ def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, slow:
     files = []
     for kernels, graphs in expected:
         options = functools.partial(graph_options, manifest.precision, kernels, None)
+        form = functools.partial(graph_form, manifest.precision, kernels)
         assert {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"} == graphs
-        files.append({graph: GraphCache(core, manifest, options).file(graph) for graph in GRAPHS})
+        assert {graph for graph in GRAPHS if form(graph)["bfloat16"]} == graphs
+        files.append({graph: GraphCache(core, manifest, options, form).file(graph) for graph in GRAPHS})
         assert {graph for graph in GRAPHS if files[-1][graph] != files[0][graph]} == graphs
 
 
@@ -202,19 +204,20 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Pat
 def test_what_decides_whether_a_kept_graph_is_taken(monkeypatch: pytest.MonkeyPatch, openvino: Pipeline) -> None:
     core, manifest = ov.Core(), openvino.manifest
 
-    def key(manifest: Manifest = manifest, **options: Any) -> str | None:
-        file = GraphCache(core, manifest, lambda graph: {"INFERENCE_PRECISION_HINT": "f32", **options}).file("encoder")
+    def key(manifest: Manifest = manifest, tiles: bool = False, **options: Any) -> str | None:
+        options = {"INFERENCE_PRECISION_HINT": "f32", **options}
+        file = GraphCache(core, manifest, lambda graph: options, lambda graph: {"tiles": tiles}).file("encoder")
         return file and file.name
 
     assert key() is not None and key() == key(INFERENCE_NUM_THREADS=1)
-    keys = [key(), key(replace(manifest, hash="another")), key(INFERENCE_PRECISION_HINT="bf16")]
+    keys = [key(), key(replace(manifest, hash="another")), key(INFERENCE_PRECISION_HINT="bf16"), key(tiles=True)]
     for module, name, value in ((ov, "__version__", "another"), (openvino_cache, "source_hash", lambda module: "another")):
         with monkeypatch.context() as changed:
             changed.setattr(module, name, value)
             keys.append(key())
     core = SimpleNamespace(get_property=lambda device, name: "another")  # type: ignore[assignment]
     keys.append(key())
-    assert len(set(keys)) == 6
+    assert len(set(keys)) == 7
 
 
 def test_graphs_that_are_not_the_manifests_are_not_kept(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -51,9 +51,15 @@ class CompiledGraph:
 class GraphCache:
     """Compiled graphs of one engine."""
 
-    def __init__(self, core: ov.Core, manifest: Manifest, options: Callable[[str], Mapping[str, Any]], tiles: bool = False) -> None:
-        """options: gives OpenVINO's, to run a graph with; tiles: whether they were rewritten for AMX."""
-        self.core, self.manifest, self.options, self.tiles = core, manifest, options, tiles
+    def __init__(
+        self,
+        core: ov.Core,
+        manifest: Manifest,
+        options: Callable[[str], Mapping[str, Any]],
+        form: Callable[[str], Mapping[str, Any]],
+    ) -> None:
+        """options: gives OpenVINO's, to run a graph with; form: gives what it was rewritten with."""
+        self.core, self.manifest, self.options, self.form = core, manifest, options, form
         self.folder = cache_folder(manifest, "openvino")
 
     @functools.cached_property
@@ -64,8 +70,9 @@ class GraphCache:
 
     def file(self, graph: str) -> Path | None:
         """Where a graph is kept: under a hash of all that decides how it is compiled."""
-        options = [f"{name}={value}" for name, value in sorted(self.options(graph).items()) if name not in THREADS]
-        key = hashlib.sha256(repr([*self.shared_key, *options, *["tiles"] * self.tiles]).encode()).hexdigest()[:16]
+        options = {name: value for name, value in self.options(graph).items() if name not in THREADS}
+        decided = [f"{name}={value}" for name, value in sorted({**options, **self.form(graph)}.items())]
+        key = hashlib.sha256(repr([*self.shared_key, *decided]).encode()).hexdigest()[:16]
         return self.folder and self.folder / f"{graph}-{key}.blob"
 
     def keeps(self, graph: str) -> bool:

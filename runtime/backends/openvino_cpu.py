@@ -102,6 +102,12 @@ def graph_options(precision: str, kernels: Kernels, threads: int | None, graph: 
     return options | {"INFERENCE_PRECISION_HINT": "bf16" if wants_bfloat16(precision, graph, kernels) else "f32"}
 
 
+def graph_form(precision: str, kernels: Kernels, graph: str) -> dict[str, Any]:
+    """What a graph is rewritten with before it is compiled."""
+    pictures = OpenVinoLane.pictures_at_once.get(graph)
+    return {"tiles": kernels.tiles, "bfloat16": wants_bfloat16(precision, graph, kernels), "pictures": pictures}
+
+
 class CompiledGraphs:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs."""
 
@@ -117,8 +123,8 @@ class CompiledGraphs:
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
         # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
         self.options = functools.partial(graph_options, manifest.precision, kernels, threads)
-        self.tiles = kernels.tiles
-        self.cache = GraphCache(self.core, manifest, self.options, self.tiles)
+        self.form = functools.partial(graph_form, manifest.precision, kernels)
+        self.cache = GraphCache(self.core, manifest, self.options, self.form)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
@@ -153,10 +159,7 @@ class CompiledGraphs:
 
     def compile(self, graph: str, path: Path) -> ov.CompiledModel:
         model = self.core.read_model(path)
-        options = self.options(graph)
-        bfloat16 = options["INFERENCE_PRECISION_HINT"] == "bf16"
-        pictures = OpenVinoLane.pictures_at_once.get(graph)
-        return self.core.compile_model(model, "CPU", {**options, **rewrite(model, self.tiles, bfloat16, pictures)})
+        return self.core.compile_model(model, "CPU", {**self.options(graph), **rewrite(model, **self.form(graph))})
 
     def give_back(self) -> None:
         """The pages of all files that were read."""
