@@ -41,18 +41,19 @@ bool int8_saturates(Ort::Env& env) {
     return saturates;
 }
 
-/// How many threads an engine's graphs use together.
+/// How many threads an engine's graphs may use together: as asked for, else as the process may use; 0 where nothing limits it.
+int threads_allowed(const Options& options) { return options.threads ? options.threads : allowed_threads(); }
+
+/// How many they use.
 int threads_used(const Options& options) {
-    if (options.threads) return options.threads;
-    const int allowed = allowed_threads();
+    const int allowed = threads_allowed(options);
     return allowed ? allowed : machine_threads();
 }
 
-/// Threads of a session, which counts one that runs it among them: all that run it and those of its own are to be as many as were asked
-/// for, by default as the process may use. 0: as ONNX Runtime chooses for one.
+/// Threads of a session, which counts one that runs it among them: all that run it and those of its own are to be as many as the graphs
+/// use. 0: as ONNX Runtime chooses for one.
 int session_threads(const Options& options) {
-    if (options.slots == 1) return options.threads ? options.threads : allowed_threads();
-    return std::max(1, threads_used(options) - options.slots + 1);
+    return options.slots == 1 ? threads_allowed(options) : std::max(1, threads_used(options) - options.slots + 1);
 }
 
 /// Calls an `Update…ProviderOptions` of ONNX Runtime.

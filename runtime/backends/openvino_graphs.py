@@ -112,7 +112,7 @@ def ease_attention(scores: Any, join: bool = False) -> None:
     scores.output(0).replace(ops.matmul(apart(query), keys, False, True).output(0))
     attended = ops.reshape(together.input_value(0), integers(0, 0, heads * size), special_zero=True)
     quantized = reader(together, "FakeQuantize") is not None
-    together.output(0).replace((limit(attended, [1, 1, heads * size]) if quantized else attended).output(0))
+    together.output(0).replace((limit(attended, heads * size) if quantized else attended).output(0))
 
 
 def joined_keys_and_values(sources: list[Any], heads: int, size: int) -> list[Any] | None:
@@ -256,11 +256,12 @@ def keep_output_float(quantize: Any) -> None:
     dequantized.output(0).replace(widened.input_value(0))
 
 
-def limit(value: Any, shape: list[int]) -> Any:
-    """The same value, as a node that quantizing is joined with: by itself OpenVINO makes float32 of bfloat16 first, and quantizes after
-    that. A limit of each channel that is never met, since one limit for all would be moved to what is before, or fall away.
+def limit(value: Any, width: int) -> Any:
+    """The same features, [rows, tokens, width], as a node that quantizing is joined with: by itself OpenVINO makes float32 of bfloat16
+    first, and quantizes after that. A limit of each channel that is never met, since one limit for all would be moved to what is before, or
+    fall away.
     """
-    return ops.maximum(value, ops.constant(np.full(shape, np.finfo(np.float32).min, np.float32)))
+    return ops.maximum(value, ops.constant(np.full((1, 1, width), np.finfo(np.float32).min, np.float32)))
 
 
 def pad_beforehand(convolution: Any) -> None:
