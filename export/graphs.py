@@ -6,14 +6,15 @@ Tokens and positions are per image; where guidance doubles the rows, the graphs 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.network import Attention, MLMHead, Network
-from ..models.tokenizer import Tokenizer, Upsample, to_uint8
+from ..models.tokenizer import ResBlock, Tokenizer, Upsample, to_uint8
 
 
 class LeanAttention(nn.Module):
@@ -65,18 +66,23 @@ class LeanHead(nn.Module):
 
 
 @contextlib.contextmanager
-def lean(network: Network) -> Iterator[None]:
-    """Inside, the head and every block's attention are in the form for tracing."""
-    head, originals = network.mlm_layer, [block.attn for block in network.blocks]
-    network.mlm_layer = LeanHead(head, network.x_embedder.word_embeddings.weight)  # type: ignore[assignment]
-    for block in network.blocks:
-        block.attn = LeanAttention(block.attn)  # type: ignore[arg-type]
+def replaced(replacements: Iterable[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+    """Inside, modules have others in place of those of a name: (module, name, other)."""
+    replacements = list(replacements)
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
     try:
+        for module, name, other in replacements:
+            setattr(module, name, other)
         yield
     finally:
-        network.mlm_layer = head
-        for block, original in zip(network.blocks, originals, strict=True):
-            block.attn = original
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def lean(network: Network) -> AbstractContextManager[None]:
+    """Inside, the head and every block's attention are in the form for tracing."""
+    head = LeanHead(network.mlm_layer, network.x_embedder.word_embeddings.weight)
+    return replaced([(network, "mlm_layer", head), *((block, "attn", LeanAttention(block.attn)) for block in network.blocks)])  # type: ignore[arg-type]
 
 
 class BlockConvolution(nn.Conv2d):
@@ -120,22 +126,34 @@ def lean_conv_out(conv: nn.Conv2d) -> BlockConvolution:
     return BlockConvolution(torch.stack(kernels, 1).flatten(0, 1), conv.bias.repeat_interleave(4), padding=1, stride=2)
 
 
-@contextlib.contextmanager
-def lean_decoder(tokenizer: Tokenizer) -> Iterator[None]:
+class LeanResBlock(nn.Module):
+    """A block whose width changes: its second convolution and the shortcut, which is taken from what that one gives, as one."""
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2 = block.norm1, block.conv1, block.norm2
+        kernel, shortcut = block.conv2.weight, block.nin_shortcut.weight[:, :, 0, 0]
+        self.conv2 = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1, bias=False, device="meta")
+        self.conv2.weight = nn.Parameter(kernel + torch.einsum("om,mcij->ocij", shortcut, kernel), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv2(F.silu(self.norm2(h)))
+
+
+def lean_decoder(tokenizer: Tokenizer) -> AbstractContextManager[None]:
     """Inside, the image decoder is in the form for tracing."""
     decoder = tokenizer.decoder
-    levels = [level for level in decoder.up if hasattr(level, "upsample")]
-    conv_out, originals = decoder.conv_out, [level.upsample for level in levels]
-    for level in levels:
-        level.upsample = LeanUpsample(level.upsample)  # type: ignore[arg-type]
-    if levels:  # the picture's edge is even
-        decoder.conv_out = lean_conv_out(conv_out)
-    try:
-        yield
-    finally:
-        decoder.conv_out = conv_out
-        for level, original in zip(levels, originals, strict=True):
-            level.upsample = original
+    replacements: list[tuple[nn.Module, str, nn.Module]] = []
+    for level in decoder.up:
+        if hasattr(level, "upsample"):
+            replacements.append((level, "upsample", LeanUpsample(level.upsample)))  # type: ignore[arg-type]
+        for name, block in level.block.named_children():  # type: ignore[union-attr]
+            if hasattr(block, "nin_shortcut"):
+                replacements.append((level.block, name, LeanResBlock(block)))  # type: ignore[arg-type]
+    if len(decoder.up) > 1:  # the picture's edge is even
+        replacements.append((decoder, "conv_out", lean_conv_out(decoder.conv_out)))
+    return replaced(replacements)
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:

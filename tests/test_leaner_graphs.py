@@ -93,14 +93,16 @@ def test_blocks_of_whole_channels(shared: bool) -> None:
 
 @pytest.mark.parametrize("channels", [(32,), (32, 64), (32, 32, 64)])
 def test_pictures_in_blocks_are_the_same(channels: tuple[int, ...]) -> None:
-    """Upsampling and the last convolution in their form for tracing, in double precision; grids with odd edges too."""
+    """Upsampling, shortcuts and the last convolution in their form for tracing, in double precision; grids with odd edges too."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(channels, 1, 1, codes=16, code_dim=8)).double()
     tokens = torch.randint(16, (2, 9))
     with torch.inference_mode():
         expected = tokenizer.decode(tokens)
         with lean_decoder(tokenizer):
-            assert len([name for name, _ in tokenizer.named_modules() if name.endswith("upsample.conv")]) == len(channels) - 1
+            names = [name for name, _ in tokenizer.decoder.named_modules()]
+            assert len([name for name in names if name.endswith("upsample.conv")]) == len(channels) - 1
+            assert not any("shortcut" in name for name in names)
             found = tokenizer.decode(tokens)
         assert torch.equal(tokenizer.decode(tokens), expected)
     assert found.shape == expected.shape
