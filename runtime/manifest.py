@@ -156,10 +156,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def source_hash(module: ModuleType) -> str:
-    """Of a module's source, for what is kept of what it made; where there are no sources, as in frozen programs, enat's version."""
+def source_hash(*modules: ModuleType) -> str:
+    """Of modules' sources, for what is kept of what they made; where there are no sources, as in frozen programs, enat's version."""
     try:
-        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+        return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
     except OSError:
         return __version__
 

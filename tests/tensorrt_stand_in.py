@@ -90,6 +90,12 @@ class StandIn:
             assert hasattr(cls, name), f"{cls.__name__} has no {name}"
         self.__dict__.update(_cls=cls, _results=results, calls=[])
 
+    def twin(self) -> StandIn:
+        """Another one that knows what this one is asked, and does not keep it alive."""
+        twin = StandIn(self._cls)
+        object.__setattr__(twin, "__dict__", self.__dict__)
+        return twin
+
     def __getattr__(self, name: str) -> Any:
         if not hasattr(self._cls, name):
             raise AttributeError(f"{self._cls.__name__} has no {name}")
@@ -134,8 +140,10 @@ class Refits:
     def __init__(self, trt: Any, monkeypatch: pytest.MonkeyPatch, succeeds: bool = True) -> None:
         self.files: list[str] = []
         self.refitted = 0
+        self.weights: list[str] = []  # that plans take
         refitter, parser = trt.Refitter, trt.OnnxParserRefitter
-        monkeypatch.setattr(trt, "Refitter", lambda engine, logger: StandIn(refitter, refit_cuda_engine=self.refit))
+        made = {"refit_cuda_engine": self.refit, "get_all_weights": lambda: self.weights}
+        monkeypatch.setattr(trt, "Refitter", lambda engine, logger: StandIn(refitter, **made))
         monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, logger: StandIn(parser, refit_from_file=self.parse))
         self.succeeds = succeeds
 

@@ -129,7 +129,8 @@ def test_weights_from_outside_the_plans(copies: Copy, weights: str) -> None:
         pytest.skip(reason)
     import tensorrt
 
-    from enat.export.tensorrt_build import FAULTY_REFIT, build_engine
+    from enat.export.tensorrt_build import build_engine
+    from enat.export.tensorrt_options import FAULTY_REFIT
 
     if weights == "refittable" and tensorrt.__version__.startswith(FAULTY_REFIT):
         pytest.skip("refittable plans of this TensorRT may compute wrongly")

@@ -11,13 +11,13 @@ from typing import Any
 
 import onnx
 import pytest
-from conftest import invoke
+from conftest import invoke, list_anew
 from tensorrt_operators import objections
 from tensorrt_stand_in import Refits, StandIn, signatures
 from test_tensorrt_builds import GRAPHS, HERE
 
 from enat.calibration.calibrate import Settings
-from enat.errors import ExportError, InputError
+from enat.errors import BackendError, ExportError, InputError
 from enat.export.convert import Precision, convert_engine
 from enat.runtime.builds import choose_build
 from enat.runtime.manifest import read_manifest
@@ -52,8 +52,9 @@ class Builds:
         self.configs: list[StandIn] = []
         self.networks: list[StandIn] = []
         self.builders: list[StandIn] = []
-        self.failing = False
+        self.failing = ""  # what TensorRT reports then
         monkeypatch.setattr(trt, "Builder", self.builder)
+        monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(type(self).real_runtime))
         monkeypatch.setattr(trt, "OnnxParser", self.parser)
         monkeypatch.setattr("enat.export.tensorrt_build.use_device", lambda device: 0)
         monkeypatch.setattr("enat.export.tensorrt_build.platform_of", lambda index: HERE)
@@ -65,13 +66,21 @@ class Builds:
             create_network=self.network,
             create_builder_config=self.config,
             create_optimization_profile=self.profile,
-            build_serialized_network=lambda network, config: None if self.failing else f"plan {len(self.configs)}".encode(),
+            build_serialized_network=lambda network, config: self.build(logger),
             logger=logger,
         )
         self.builders.append(found)
         return found
 
     real_builder: Any = None
+    real_runtime: Any = None
+
+    def build(self, logger: Any) -> bytes | None:
+        if not self.failing:
+            return f"plan {len(self.configs)}".encode()
+        logger.log(self.trt.ILogger.Severity.ERROR, self.failing + "\nand more of it")
+        logger.log(self.trt.ILogger.Severity.ERROR, "what followed from it")
+        return None
 
     def network(self, flags: int = 0) -> StandIn:
         self.networks.append(StandIn(self.trt.INetworkDefinition, num_inputs=0, num_outputs=0))
@@ -103,7 +112,7 @@ class Builds:
 def builds(trt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builds]:
     if not hasattr(trt, "OnnxParser"):
         pytest.skip("these bindings have no ONNX parser")
-    Builds.real_builder, Builds.real_parser = trt.Builder, trt.OnnxParser
+    Builds.real_builder, Builds.real_parser, Builds.real_runtime = trt.Builder, trt.OnnxParser, trt.Runtime
     yield Builds(trt, monkeypatch)
 
 
@@ -165,7 +174,7 @@ def test_builds_that_are_there_are_taken_again(builds: Builds, engine_copy: Path
     plan.write_bytes(whole[:1])
     assert build() == first and len(builds.configs) > made
     assert "built again: " in "".join(lines) and "decoder.plan: 1 bytes, expected" in "".join(lines)
-    monkeypatch.setattr(tensorrt_build, "source_hash", lambda module: "another")
+    monkeypatch.setattr(tensorrt_build, "source_hash", lambda *modules: "another")
     assert build() not in (first, second)
 
 
@@ -213,14 +222,66 @@ def test_int8_plans_are_built_from_signed_graphs(
     assert not (engine / build_engine(engine).folder / "graphs").exists()
 
 
-def test_a_build_that_fails_leaves_the_engine_as_it_was(builds: Builds, engine_copy: Path) -> None:
+def files(engine: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in engine.rglob("*") if path.is_file()}
+
+
+def test_a_build_that_fails_leaves_the_engine_as_it_was(
+    builds: Builds, engine_copy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message is TensorRT's first one, and nothing else is printed."""
     from enat.export.tensorrt_build import build_engine
 
-    before = {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()}
-    builds.failing = True
-    with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it"):
-        build_engine(engine_copy, [8])
-    assert {path: path.read_bytes() for path in engine_copy.rglob("*") if path.is_file()} == before
+    before = files(engine_copy)
+    builds.failing = "no implementation for node Mul_3"
+    for _ in range(2):
+        with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it: no implementation for node Mul_3$"):
+            build_engine(engine_copy, [8])
+    assert files(engine_copy) == before
+    monkeypatch.setattr(builds.trt, "Runtime", Builds.real_runtime)
+    if Builds.real_runtime.__module__ == "tensorrt_bindings.tensorrt":  # on empty libraries
+        with pytest.raises(BackendError, match=r"TensorRT .* cannot start"):
+            build_engine(engine_copy, [8])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_build_in_place_of_the_same_one(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, or the one that was there."""
+    from enat.export import tensorrt_build
+
+    build = tensorrt_build.build_engine(engine_copy, [8])
+    before = files(engine_copy)
+    with monkeypatch.context() as changed:
+        changed.setattr(tensorrt_build, "write_builds", lambda manifest, builds: pytest.fail("the disk is full"))
+        with pytest.raises(pytest.fail.Exception):
+            tensorrt_build.build_engine(engine_copy, [8], force=True)
+        assert files(engine_copy) == before
+        with pytest.raises(pytest.fail.Exception):
+            tensorrt_build.build_engine(engine_copy, [4])
+        assert files(engine_copy) == before
+    assert tensorrt_build.build_engine(engine_copy, [8], force=True).id == build.id
+    after = files(engine_copy)
+    assert after.keys() == before.keys() and after != before
+    assert choose_build(read_manifest(engine_copy, verify=True), HERE).id == build.id
+
+
+def test_ctrl_c_ends_a_build(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of TensorRT's calls it arrives in."""
+    from enat.export import progress_monitor
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for name in ("phase_start", "step_complete", "phase_finish"):
+        monitor = progress_monitor.ProgressMonitor("encoder")
+        monitor.phase_start("outer", None, 3)
+        assert monitor.step_complete("outer", 0)
+        with monkeypatch.context() as changed:
+            changed.setattr(progress_monitor, "progress_bar", interrupted)
+            changed.setattr(monitor.bar, "update", interrupted)
+            changed.setattr(monitor.bar, "close", interrupted)
+            getattr(monitor, name)(*{"phase_start": ("next", None, 2), "step_complete": ("outer", 1), "phase_finish": ("outer",)}[name])
+        assert monitor.interrupted and not monitor.step_complete("outer", 2)
 
 
 def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +318,23 @@ def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_
     first = build_engine(engine_copy, [8], weights="refittable")
     assert all(trt.BuilderFlag.REFIT in {call[1][0] for call in config.calls if call[0] == "set_flag"} for config in builds.configs)
     made = len(builds.configs)
-    refits, runtime = Refits(trt, monkeypatch), trt.Runtime
+    refits = Refits(trt, monkeypatch)
     config = StandIn(trt.ISerializationConfig)
     engine = StandIn(trt.ICudaEngine, create_serialization_config=lambda: config, serialize_with_config=lambda config: b"refitted")
-    monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(runtime, deserialize_cuda_engine=lambda plan: engine))
+    monkeypatch.setattr(trt, "Runtime", lambda logger: StandIn(Builds.real_runtime, deserialize_cuda_engine=lambda plan: engine))
+    changed = onnx.load(new / "encoder.onnx")
+    weights = changed.graph.initializer[0]
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) + 1, weights.name))
+    onnx.save(changed, new / "encoder.onnx")
+    list_anew(new)
+    before = files(new)
+    with pytest.raises(
+        BackendError, match=rf"encoder\.onnx: its {re.escape(weights.name)} differs, and the plan takes no other in place of"
+    ):
+        build_engine(new, [8], refit=engine_copy)
+    assert files(new) == before
+    refits.files.clear()
+    refits.weights = [weights.name]
     build = build_engine(new, [8], refit=engine_copy)
     assert refits.files == [str(new / f"{graph}.onnx") for graph in first.graphs]
     assert (new / build.plan("encoder")).read_bytes() == b"refitted"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from conftest import invoke
@@ -33,6 +36,9 @@ class Plans:
         self.making: Callable[[], bool] = lambda: True
         self.largest_scratch = 0
         self.busy: set[int] = set()  # contexts that were launched, until somebody waits
+        self.dropped: dict[int, bool] = {}  # contexts that are gone: whether they were busy
+        self.scratch = lambda: 1000 * (1 + len(self.contexts))
+        self.limit = 2**40  # of the device's memory
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -72,11 +78,12 @@ class Plans:
             set_input_shape=True,
             set_tensor_address=True,
             infer_shapes=lambda: [],
-            update_device_memory_size_for_shapes=lambda: 1000 * (1 + len(self.contexts)),
+            update_device_memory_size_for_shapes=lambda: self.scratch(),
             set_device_memory=scratch,
             execute_async_v3=execute,
         )
-        self.contexts.append(found)
+        weakref.finalize(found, lambda: self.dropped.update({number: number in self.busy}))
+        self.contexts.append(found.twin())
         return found
 
 
@@ -84,7 +91,7 @@ class StreamDevice(HostDevice):
     stream = 77
 
     def __init__(self, plans: Plans) -> None:
-        super().__init__()
+        super().__init__(plans.limit)
         self.plans = plans
 
     def synchronize(self) -> None:
@@ -180,6 +187,44 @@ def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
     assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
 
 
+def test_contexts_share_their_scratch_memory(running: Running) -> None:
+    """The largest piece that one of them needs is all that is needed, though each needs more than the one before."""
+    sizes = itertools.count(2**20, 2**20)
+    running.plans.scratch = sizes.__next__
+    running.plans.limit = 25 * 2**20 + 2**22  # for 25 contexts and the tensors
+    for seed in range(3):
+        running.pipeline.generate([1], seed=seed)
+    (record,) = running.lane.kept.values()
+    assert {id(context.scratch) for context in record.executions.values()} == {id(running.lane.scratch)}
+    assert running.lane.scratch.size >= 25 * 2**20
+    before = running.lane.scratch
+    running.plans.limit = running.lane.device.limit = 2**40
+    running.pipeline.generate([1, 2], seed=0)  # makes it larger; the record goes on using what it was made with
+    assert running.lane.scratch is not before
+    assert {id(context.scratch) for context in record.executions.values()} == {id(before)}
+
+
+def test_contexts_outlive_what_they_launched(running: Running) -> None:
+    """Where memory is short while one is set up, all are forgotten; but not what runs."""
+    watch = lambda step, steps, preview: None  # noqa: E731
+    drawn(running, 1, callback=watch)
+    drawn(running, 4)
+    device = running.lane.device
+    device.limit -= device.free_memory() - 2**17
+    running.plans.scratch = lambda: 2**20 + 1000 * len(running.plans.contexts)  # more than is free, until records are forgotten
+    assert running.lane.kept
+    drawn(running, 1, steps=40, callback=watch)
+    assert not running.lane.kept  # memory was short
+    running.pipeline.close()
+    assert running.plans.dropped and not any(running.plans.dropped.values())
+
+
+def test_memory_that_is_short_before_any_plan_is_loaded(running: Running) -> None:
+    running.plans.limit = 2**11
+    with pytest.raises(BackendError, match=r"1 at once need more than \d+ MiB, 0 MiB are free; not even one fits"):
+        running.pipeline.decode(np.zeros((1, 8, 8), np.int64))
+
+
 @pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 1 fits"), (2**40, "not even one fits")])
 def test_a_batch_that_does_not_fit(running: Running, scratch: int, fits: str) -> None:
     """What contexts need beside the tensors counts, too."""
@@ -242,6 +287,17 @@ def test_plans_are_hashed_when_they_are_read(running: Running, engine_copy: Path
             with pytest.raises(EngineError, match=rf"{graph}\.plan: sha256"):
                 plans.engine(graph)
     assert plans.engine("sampler").name == "sampler"
+
+
+def test_plans_are_tried_where_there_is_a_choice(running: Running, engine_copy: Path) -> None:
+    """`auto` is to know of a plan that TensorRT or its hash refuses before it draws."""
+    backend: Any = running.pipeline.backend
+    backend.try_graphs()
+    assert backend.plans.engines.keys() == backend.plans.build.graphs.keys()
+    backend.plans.engines.clear()
+    (engine_copy / backend.plans.build.plan("decoder")).write_bytes(b"short")
+    with pytest.raises(EngineError, match=r"decoder\.plan: "):
+        backend.try_graphs()
 
 
 def no_gpu() -> bool:

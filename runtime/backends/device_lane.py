@@ -195,6 +195,7 @@ class DeviceLane(ABC):
     def advice(self, arrays: Mapping[str, Array], program: Program) -> str:
         """Which batch would fit, by what the program's tensors and the graphs take together at their peak."""
         self.arena.free_unused()
+        scratch = self.scratch_of_image()  # first, as it may load what takes memory too
         available = self.device.free_memory() + self.arena.total
         counter = NoDevice()
         mine = self.device, self.arena, self.staging
@@ -203,7 +204,7 @@ class DeviceLane(ABC):
             program(self.upload_all(arrays))
         finally:
             (self.device, self.arena, self.staging), self.dry = mine, False
-        batch, scratch = batch_of(arrays), self.scratch_of_image()
+        batch = batch_of(arrays)
         needed = counter.peak + batch * (scratch or 0)
         fitting = min(int(MEMORY_SHARE * batch * available / needed), batch // 2)
         found = f"{batch} at once need more than {needed / 2**20:.0f} MiB, {available / 2**20:.0f} MiB are free"

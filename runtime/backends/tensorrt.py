@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Logger(trt.ILogger):  # type: ignore[misc]
             self.error = message.strip().splitlines()[0]
 
 
+def start_runtime(logger: Logger) -> Any:
+    """TensorRT's runtime. Raises BackendError where it cannot start."""
+    try:
+        return trt.Runtime(logger)
+    except TypeError as error:  # what its bindings raise where they are given nothing
+        raise BackendError(f"TensorRT {trt.__version__} cannot start: {logger.error or error}") from error
+
+
 def load_plan(runtime: Any, path: Path, logger: Logger) -> Any:
     """A plan's ICudaEngine. Raises BackendError where TensorRT refuses it."""
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
@@ -48,9 +56,12 @@ def load_plan(runtime: Any, path: Path, logger: Logger) -> Any:
     return engine
 
 
-def refit(engine: Any, graph: Path, logger: Logger) -> None:
-    """Gives a plan the weights of a graph. Raises BackendError."""
+def refit(engine: Any, graph: Path, logger: Logger, changed: Collection[str] = ()) -> None:
+    """Gives a plan the weights of a graph. Raises BackendError, and where the plan would keep any that are named as changed."""
     refitter = trt.Refitter(engine, logger)
+    kept = sorted(set(changed) - set(refitter.get_all_weights())) if changed else []
+    if kept:
+        raise BackendError(f"{graph}: its {kept[0]} differs, and the plan takes no other in place of it; build it anew, without --refit")
     if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
         raise BackendError(f"{graph}: TensorRT could not take the weights from it: {logger.error}")
 
@@ -62,7 +73,7 @@ class Plans:
         self.manifest = manifest
         self.build = choose_build(manifest, platform)
         self.logger = Logger()
-        self.runtime = trt.Runtime(self.logger)
+        self.runtime = start_runtime(self.logger)
         if self.build.options.get("version_compatible"):
             self.runtime.engine_host_code_allowed = True  # such plans bring a runtime of their own
         self.engines: dict[str, Any] = {}
@@ -86,6 +97,11 @@ class Plans:
                 self.engines[graph] = engine
             return self.engines[graph]
 
+    def load_all(self) -> None:
+        """All graphs of the build."""
+        for graph in self.build.graphs:
+            self.engine(graph)
+
 
 class TensorRTBackend(LaneBackend["TensorRTLane"]):
     """Lanes that run plans."""
@@ -97,6 +113,10 @@ class TensorRTBackend(LaneBackend["TensorRTLane"]):
         self.device = f"cuda:{index}"
         self.plans = plans = Plans(manifest, platform_of(index))
         self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
+
+    def try_graphs(self) -> None:
+        """TensorRT may refuse a plan, and the GPU have no room for it."""
+        self.plans.load_all()
 
 
 @dataclass
@@ -128,7 +148,8 @@ class TensorRTLane(DeviceLane):
         return super().compute(key, arrays, program)
 
     def scratch_of_image(self) -> float:
-        """Contexts share their scratch memory, which TensorRT names for the largest batch."""
+        """Contexts share their scratch memory, which TensorRT names for the largest batch. Loads all plans, which take memory as well."""
+        self.plans.load_all()
         return max(engine.device_memory_size_v2 for engine in self.plans.engines.values()) / self.plans.build.options["max_batch"]
 
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -154,6 +175,7 @@ class TensorRTLane(DeviceLane):
         key = (graph, tuple(shapes.items()))
         if key in own:
             context: Context = own[key]
+            self.give_scratch(context)
             return context
         if self.recording:
             raise BackendError(f"{graph}: no execution context has run with its shapes")
@@ -162,9 +184,11 @@ class TensorRTLane(DeviceLane):
             context = own[key] = self.new_context(graph, profile)
         else:
             context = self.contexts.get((graph, profile)) or self.new_context(graph, profile)
-            self.contexts[graph, profile] = context
         if context.shapes != shapes:
             self.set_shapes(context, graph, shapes, values)
+        self.give_scratch(context)
+        if key not in own:
+            self.contexts[graph, profile] = context  # now that nothing makes the lane forget them before it is launched
         return context
 
     def profile_for(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -205,21 +229,35 @@ class TensorRTLane(DeviceLane):
         except RuntimeError as error:
             raise BackendError(f"{graph}: TensorRT does not take its shapes: {self.plans.logger.error or error}") from error
         self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
-        context.scratch = self.scratch_of(execution.update_device_memory_size_for_shapes())
-        execution.set_device_memory(context.scratch.address, context.scratch.size)
-        context.shapes = shapes
+        self.make_scratch(execution.update_device_memory_size_for_shapes())
+        context.shapes, context.scratch = shapes, None
 
-    def scratch_of(self, size: int) -> Block:
-        """Memory for a context's own use. They run one after the other, and share it; a larger one is for contexts to come."""
-        if self.scratch is None or self.scratch.size < size:
-            self.scratch = self.arena.take(size)
-        return self.scratch
+    def make_scratch(self, size: int) -> None:
+        """Makes sure of memory for a context's own use. They run one after the other, and share it: where one needs more, the others get
+        the larger piece when they run next, but for those of records, which go on using what they were made with.
+        """
+        if self.scratch is not None and self.scratch.size >= size:
+            return
+        self.device.synchronize()  # contexts that use the smaller one
+        for context in self.contexts.values():
+            context.shapes = context.scratch = None
+        for context in self.running.executions.values() if self.running else ():
+            context.scratch = None
+        self.scratch = None  # before there is another one, for which memory may be short
+        self.scratch = self.arena.take(size)
+
+    def give_scratch(self, context: Context) -> None:
+        """Has a context use the lane's scratch memory; whoever made it larger has waited for what the context launched."""
+        assert self.scratch is not None
+        if context.scratch is not self.scratch:
+            context.execution.set_device_memory(self.scratch.address, self.scratch.size)
+            context.scratch = self.scratch
 
     def forget(self) -> bool:
-        free = super().forget()
-        if free:
-            self.device.synchronize()  # contexts must outlive what they launched
-            self.contexts.clear()
-            if not self.running:  # whose contexts hold it
-                self.scratch = None
-        return free
+        if self.recording:
+            return False
+        self.device.synchronize()  # contexts must outlive what they launched, those of records too
+        self.contexts.clear()
+        if not self.running:  # whose contexts hold it
+            self.scratch = None
+        return super().forget()
