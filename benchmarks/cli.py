@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from .. import __version__
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
 from ..runtime.command import Command, needs, parse_numbers
-from ..runtime.cores import allowed_threads
+from ..runtime.cores import allowed_threads, machine_cores
 from ..runtime.files import check_writable
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import progress_bar
@@ -41,7 +40,7 @@ MOST_AT_ONCE = 65_536  # pictures
     help="May be repeated: every engine on each.",
 )
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads; default: all that the process may use.")
+@click.option("--threads", type=int, help="CPU threads; default: one for each core that the process may use.")
 @click.option("--batch", "batch_text", metavar="N[,N…]", default="1,4", show_default=True, help="Pictures drawn at once.")
 @click.option("--steps", "steps_text", metavar="N[,N…]", help="Sampling steps; default: the engine's.")
 @click.option("--tokens", is_flag=True, help="Without decoding the pictures.")
@@ -75,8 +74,8 @@ def main(
     """
     if warmup < 0 or repeats < 1:
         raise InputError(f"expected 0 or more warm-ups and 1 or more repeats, got {warmup} and {repeats}")
-    if compared and not ckpt:
-        raise InputError("--compare runs the checkpoint in PyTorch; expected --ckpt too")
+    if bool(compared) != bool(ckpt):
+        raise InputError(f"--compare runs the checkpoint in PyTorch; expected {'--ckpt' if compared else '--compare'} too")
     if compared and not tokens and not vqgan:
         raise InputError("--compare decodes pictures in PyTorch too; expected --vqgan, or --tokens to leave decoding out")
     if plot:
@@ -108,19 +107,21 @@ def main(
     if compared and ckpt:
         others, rate = load_compared(compared, ckpt, vqgan, first, device, threads, tokens)
     taken: dict[str, dict[Case, Footprint]] = {}
-    work = len(pipes) * len(batches) + len(cases) * (len(pipes) * (1 + warmup + repeats) + len(compared) * (warmup + repeats))
+    contenders = [*others, *pipes]
+    watched = sum(isinstance(one, Engine) for one in contenders)
+    work = len(pipes) * len(batches) + len(cases) * (len(contenders) * (warmup + repeats) + watched)
     with progress_bar(work, "batch") as bar:
         for one in pipes:  # each in a process of its own
             for case in cases[: len(batches)]:  # with the first number of steps
                 folder, backend = one.pipeline.manifest.folder, one.pipeline.backend.name
                 taken.setdefault(one.name, {})[case] = footprint(folder, backend, device, threads, case)
                 bar.update()
-        found = measure([*others, *pipes], cases, warmup, repeats, bar.update)
+        found = measure(contenders, cases, warmup, repeats, bar.update)
     shares = [matrix_shares(pipes, measurements, rate) if rate else {} for measurements in found]
     names = [one.name for one in others]
     machine, installed = device_name(device), versions()
     if as_json:
-        used = threads or (allowed_threads() if device == "cpu" else None) or os.cpu_count()
+        used = threads or (allowed_threads() if device == "cpu" else None) or machine_cores()
         head = {"format": 1, "enat": __version__, "machine": machine, "device": device, "threads": used, "versions": installed}
         head |= {"warmup": warmup, "matrix_rate": rate, "engines": [facts(one) for one in pipes]}
         click.echo(json.dumps({**head, "measurements": summaries(found, names, shares), "footprints": summary(taken)}))

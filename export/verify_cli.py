@@ -33,7 +33,7 @@ COLUMNS = 12  # pictures side by side in the sheet
 @click.option("--batch-size", default=8, show_default=True)
 @backend_option(help="That runs ENGINE.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads of each; default: all that the process may use.")
+@click.option("--threads", type=int, help="CPU threads of each; default: one for each core that the process may use.")
 @click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="Picture to write: above float32, below ENGINE.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot to write: error by step and by layer (needs matplotlib).")
 @click.option("--max-divergence", type=float, help="Fail (exit code 1) where the mean divergence is larger, in nats.")

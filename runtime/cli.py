@@ -65,7 +65,7 @@ OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt"
 @click.option("--batch-size", default=BATCH_SIZE, show_default=True, help="Pictures drawn at once.")
 @backend_option()
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads; default: all that the process may use.")
+@click.option("--threads", type=int, help="CPU threads; default: one for each core that the process may use.")
 @click.option("--verify", is_flag=True, help="Check the hashes of files over 64 MiB too.")
 @click.option("--list-classes", is_flag=True, help="Show the engine's classes and end.")
 @click.option("--info", is_flag=True, help="Show what the engine is and end.")

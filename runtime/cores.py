@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 
 def allowed_threads() -> int | None:
     """The threads that the process may keep busy, where its affinity (`taskset`, `docker --cpuset-cpus`) or the quota of a control group
-    (`docker --cpus`, Kubernetes' limits) allows fewer than the machine has; None where nothing limits it.
+    (`docker --cpus`, Kubernetes' limits) allows fewer than the machine has cores; None where nothing limits it.
 
     ONNX Runtime and OpenVINO know nothing of quotas: of many threads each would wait for the one that is held back. A part of a core is
-    worth a thread (docs/SPEED.md).
+    worth a thread (docs/SPEED.md), a second one on the same core is not.
     """
-    count, quota = os.cpu_count() or 1, least_quota()
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    quota = least_quota()
+    affinity = core_count(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()
     allowed = affinity if quota is None else min(affinity, math.ceil(quota))
-    return allowed if allowed < count else None
+    return allowed if allowed < machine_cores() else None
+
+
+def machine_cores() -> int:
+    return core_count(range(os.cpu_count() or 1))
+
+
+def core_count(cpus: Iterable[int], root: Path = Path("/")) -> int:
+    """On how many cores CPUs are, of which two or more may be one core's; where the system does not tell, as many as they are."""
+
+    def core(cpu: int) -> str | int:
+        try:
+            return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            return cpu
+
+    return len(set(map(core, cpus)))
 
 
 def part_of_threads(processes: int) -> int | None:
     """The threads of each of so many processes that share what this one may use; None for one that has it for itself."""
-    return max(1, (allowed_threads() or os.cpu_count() or 1) // processes) if processes > 1 else None
+    return max(1, (allowed_threads() or machine_cores()) // processes) if processes > 1 else None
 
 
 def least_quota(root: Path = Path("/")) -> float | None:

@@ -113,8 +113,8 @@ class Pipeline:
     ) -> Pipeline:
         """Loads an engine directory; without one, the engine that comes with the package (letters and digits).
 
-        device: cpu, or cuda:0 for the first GPU. threads: on the CPU; by default as many as the process may use, which in a container
-        are fewer than the machine has. verify: hash files over 64 MiB too.
+        device: cpu, or cuda:0 for the first GPU. threads: on the CPU; by default one for each core that the process may use, which in a
+        container are fewer than the machine has. verify: hash files over 64 MiB too.
         slots: batches in flight at once, each with memory of its own; further threads wait in turn. On a CPU they share `threads`:
         docs/SPEED.md has figures.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.

@@ -251,6 +251,7 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     (tmp_path / "file").touch()
     refused(bench(*engine, "--plot", tmp_path / "file" / "chart.png"), "file is not a folder")
     refused(bench(*engine, "--compare", "reference"), "expected --ckpt too")
+    refused(bench(*engine, "--ckpt", read_golden("tiny").ckpt), "expected --compare too")
     refused(bench(*engine, "--compare", "reference", "--ckpt", read_golden("tiny").ckpt), "expected --vqgan, or --tokens")
     refused(bench(*engine, "--compare", "reference", *with_torch("odd")), "nnet_ema.pth: its keys are not those of the model")
     others = ["--engine", engines("odd"), "--compare", "reference", "--steps", 2]

@@ -58,6 +58,29 @@ def test_without_control_groups(tmp_path: Path) -> None:
     assert cores.least_quota(tmp_path) is None
 
 
+# What the first five CPUs name as those of the same core, as far as the system tells, and how many cores these are.
+SIBLINGS = {
+    ("0-1", "0-1", "2-3", "2-3", "4-5"): 3,
+    ("0,4", "1,5", "2,6", "3,7", "0,4"): 4,
+    ("0", "1", "2", "3", "4"): 5,
+    ("0-1", "0-1"): 4,
+    (): 5,
+}
+
+
+def processors(folder: Path, siblings: tuple[str, ...]) -> Path:
+    for cpu, text in enumerate(siblings):
+        file = folder / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{text}\n")
+    return folder
+
+
+@pytest.mark.parametrize("siblings", SIBLINGS)
+def test_cores(siblings: tuple[str, ...], tmp_path: Path) -> None:
+    assert cores.core_count(range(5), processors(tmp_path, siblings)) == SIBLINGS[siblings]
+
+
 @pytest.mark.parametrize(
     ("affinity", "quota", "allowed"), [(64, None, None), (64, 80.0, None), (16, None, 16), (64, 7.65, 8), (4, 7.65, 4), (64, 0.5, 1)]
 )
@@ -66,6 +89,17 @@ def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch, affinity: int, quota: 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(cores, "least_quota", lambda: quota)
     assert cores.allowed_threads() == allowed
+
+
+def test_two_threads_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count once, in what is allowed and in what the machine has."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(cores, "core_count", lambda cpus: len({cpu // 2 for cpu in cpus}))
+    for affinity, quota, allowed in ((16, None, None), (16, 12.0, None), (16, 7.5, None), (16, 6.5, 7), (12, 7.0, 6), (2, None, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, affinity=affinity: set(range(affinity)))
+        monkeypatch.setattr(cores, "least_quota", lambda quota=quota: quota)
+        assert cores.allowed_threads() == allowed
+    assert session_threads(None, 2) == 7
 
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cpp_library import engine_of
-from test_cores import CONTROL_GROUPS, system
+from test_cores import CONTROL_GROUPS, SIBLINGS, processors, system
 from test_noise import VECTORS
 
 from enat.runtime.backends.cache_folder import cache_folder
@@ -58,6 +58,11 @@ def test_quotas(internals: ctypes.CDLL, name: str, tmp_path: Path) -> None:
     assert internals.test_least_quota(str(system(tmp_path, name)).encode()) == (CONTROL_GROUPS[name][2] or 0)
 
 
+@pytest.mark.parametrize("siblings", SIBLINGS)
+def test_cores(internals: ctypes.CDLL, siblings: tuple[str, ...], tmp_path: Path) -> None:
+    assert internals.test_core_count(str(processors(tmp_path, siblings)).encode()) == SIBLINGS[siblings]
+
+
 def test_threads_that_are_allowed(internals: ctypes.CDLL) -> None:
     before = os.sched_getaffinity(0)
     try:
@@ -97,6 +102,9 @@ def test_the_cache_folder_is_that_of_python(internals: ctypes.CDLL, monkeypatch:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "file"))
     assert found() == f"{tmp_path / 'file'}: the cache folder (ENAT_CACHE) cannot be written: Not a directory"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENAT_CACHE", "here")
+    assert found() == str(cache_folder(manifest, "kind")) and found().startswith(str(tmp_path / "here"))
     monkeypatch.setenv("ENAT_CACHE", "")
     assert found() == ""
     monkeypatch.delenv("ENAT_CACHE")

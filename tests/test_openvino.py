@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -95,7 +96,7 @@ def test_what_computes_in_bfloat16(precisions: dict[str, Path], name: str, slow:
         form = functools.partial(graph_form, manifest.precision, kernels)
         assert {graph for graph in GRAPHS if options(graph)["INFERENCE_PRECISION_HINT"] == "bf16"} == graphs
         assert {graph for graph in GRAPHS if form(graph)["bfloat16"]} == graphs
-        files.append({graph: GraphCache(core, manifest, options, form).file(graph) for graph in GRAPHS})
+        files.append({graph: GraphCache(core, manifest, options, form, GRAPHS).file(graph) for graph in GRAPHS})
         assert {graph for graph in GRAPHS if files[-1][graph] != files[0][graph]} == graphs
 
 
@@ -206,7 +207,7 @@ def test_what_decides_whether_a_kept_graph_is_taken(monkeypatch: pytest.MonkeyPa
 
     def key(manifest: Manifest = manifest, tiles: bool = False, **options: Any) -> str | None:
         options = {"INFERENCE_PRECISION_HINT": "f32", **options}
-        file = GraphCache(core, manifest, lambda graph: options, lambda graph: {"tiles": tiles}).file("encoder")
+        file = GraphCache(core, manifest, lambda graph: options, lambda graph: {"tiles": tiles}, ["encoder"]).file("encoder")
         return file and file.name
 
     assert key() is not None and key() == key(INFERENCE_NUM_THREADS=1)
@@ -236,6 +237,18 @@ def test_graphs_that_are_not_the_manifests_are_not_kept(engine_copy: Path, monke
         found = pipeline.generate([1], seed=0).astype(int)
     with Pipeline.load(engine_copy, "onnxruntime") as reference:
         assert np.abs(found - reference.generate([1], seed=0)).max() <= 1
+
+
+def test_auto_does_not_draw_with_altered_files(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That OpenVINO found, before it keeps what it made of them: another backend would read the same ones."""
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
+    monkeypatch.setattr(backends, "WIDE", 0)  # so that OpenVINO is tried first
+    file = engine_copy / "encoder.onnx"
+    right = file.read_bytes()
+    file.write_bytes(right[:-2000] + bytes(1000) + right[-1000:])
+    with pytest.raises(EngineError, match=r"encoder\.onnx: sha256 .* the file was altered"):
+        Pipeline.load(engine_copy)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is looked at as Linux tells it")
@@ -299,6 +312,38 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", home)
     with pytest.warns(RuntimeWarning, match="home directory, and ENAT_CACHE is not set; graphs are compiled at every start"):
         Pipeline.load(backend="openvino").close()
+
+
+def test_a_cache_that_holds_all_may_be_read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in the image of a container. The folder stays the one that it was, wherever the program goes."""
+    monkeypatch.chdir(tmp_path)
+    wanted = draw_in(Path("kept"), monkeypatch)
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with monkeypatch.context() as without:
+        without.delattr(CompiledGraphs, "compile")
+        with Pipeline.load(backend="openvino") as pipeline:
+            monkeypatch.chdir("/")
+            assert (pipeline.generate([1, 2], seed=0) == wanted).all()
+    monkeypatch.chdir(tmp_path)
+    next(tmp_path.rglob("encoder-*")).unlink()
+    with pytest.raises(InputError, match=r"the cache folder \(ENAT_CACHE\) cannot be written: Read-only file system"):
+        Pipeline.load(backend="openvino")
+
+
+def test_a_cpu_that_openvino_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("Exception from src/core.cpp:1:\nno plugin for it\nmore of it")
+
+    monkeypatch.setattr(backends, "WIDE", 0)  # so that OpenVINO is tried first
+    monkeypatch.setattr(ov, "Core", refuse)
+    with pytest.raises(BackendError, match=r"OpenVINO .* cannot use this CPU: no plugin for it$"):
+        Pipeline.load(backend="openvino")
+    with pytest.warns(RuntimeWarning, match="openvino is passed over: .*no plugin for it"), Pipeline.load() as pipeline:
+        assert pipeline.backend.name == "onnxruntime"
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

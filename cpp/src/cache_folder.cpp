@@ -23,8 +23,8 @@ std::filesystem::path cache_folder(const std::string& hash, const std::string& k
         root = std::filesystem::path(std::getenv("HOME")) / ".cache" / "enat";
     }
     if (root.empty()) return {};
-    const std::filesystem::path folder = root / kind / hash.substr(0, 16);
     std::error_code error;
+    const std::filesystem::path folder = std::filesystem::absolute(root, error) / kind / hash.substr(0, 16);  // wherever the program goes
     std::filesystem::create_directories(folder, error);
     if (!error && access(folder.c_str(), W_OK | X_OK) != 0) error.assign(errno, std::generic_category());
     if (!error) return folder;

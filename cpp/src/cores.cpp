@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <numeric>
+#include <set>
 #include <sstream>
 #include <string>
 #include <system_error>
@@ -64,12 +66,34 @@ std::optional<double> least_quota(const fs::path& root) {
 
 int machine_threads() { return static_cast<int>(std::max(1l, sysconf(_SC_NPROCESSORS_ONLN))); }
 
+int core_count(const std::vector<int>& cpus, const fs::path& root) {
+    std::set<std::string> cores;
+    for (const int cpu : cpus) {
+        std::string siblings;
+        std::ifstream file(root / "sys/devices/system/cpu" / ("cpu" + std::to_string(cpu)) / "topology/thread_siblings_list");
+        cores.insert(std::getline(file, siblings) ? siblings : "cpu" + std::to_string(cpu));
+    }
+    return static_cast<int>(cores.size());
+}
+
+int machine_cores() {
+    std::vector<int> cpus(machine_threads());
+    std::iota(cpus.begin(), cpus.end(), 0);
+    return core_count(cpus);
+}
+
 int allowed_threads() {
-    const int count = machine_threads();
+    const int count = machine_cores();
     int allowed = count;
 #ifdef __linux__
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) allowed = CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        std::vector<int> cpus;
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+            if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+        }
+        allowed = core_count(cpus);
+    }
 #endif
     const auto quota = least_quota();
     if (quota) allowed = static_cast<int>(std::min<double>(allowed, std::ceil(*quota)));

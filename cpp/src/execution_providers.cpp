@@ -47,7 +47,7 @@ int threads_allowed(const Options& options) { return options.threads ? options.t
 /// How many they use.
 int threads_used(const Options& options) {
     const int allowed = threads_allowed(options);
-    return allowed ? allowed : machine_threads();
+    return allowed ? allowed : machine_cores();
 }
 
 /// Threads of a session, which counts one that runs it among them: all that run it and those of its own are to be as many as the graphs
@@ -120,7 +120,7 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
     }
     if (options.threads < 0 || options.threads > machine_threads()) {
         throw InputError("expected 1 to " + std::to_string(machine_threads()) +
-                         " threads, as this machine's CPU has, or 0 for as many as the process may use, got " +
+                         " threads, as this machine's CPU has, or 0 for one for each core that the process may use, got " +
                          std::to_string(options.threads));
     }
     try {

@@ -53,6 +53,8 @@ EXPORT std::int64_t test_schedule(std::int64_t length, std::int64_t steps, doubl
 /// The quota of a process whose /proc and /sys lie in a folder; 0 where there is none.
 EXPORT double test_least_quota(const char* root) { return enat::least_quota(root).value_or(0); }
 
+EXPORT int test_core_count(const char* root) { return enat::core_count({0, 1, 2, 3, 4}, root); }
+
 EXPORT int test_allowed_threads() { return enat::allowed_threads(); }
 
 /// 0 where a batch is never too large.

@@ -95,8 +95,9 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     """Loads an engine's graphs into a backend.
 
     name: one of BACKENDS, or "auto" for the first of AUTO that is installed and works. device: cpu, cuda or cuda:N. threads: on the CPU,
-    all that the process may use by default. slots: batches in flight at once. Warns where auto passes over what is there. Raises InputError
-    for words and numbers that it does not know, BackendError where the backend is not installed or cannot load the graphs.
+    one for each core that the process may use by default. slots: batches in flight at once. Warns where auto passes over what is there.
+    Raises InputError for words and numbers that it does not know, BackendError where the backend is not installed or cannot load the
+    graphs, EngineError where auto finds files altered.
     """
     device = str(device)  # PyTorch's are no strings
     kind = device.split(":")[0]
@@ -123,6 +124,8 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
                 backend.try_graphs()
                 stack.pop_all()
         except (BackendError, EngineError) as error:
+            if isinstance(error, EngineError) and candidate != "tensorrt":  # of whose builds it is; else the engine is at fault
+                raise
             reasons.append(str(error))
             if not isinstance(error.__cause__, ImportError) and (candidate != "tensorrt" or manifest.builds):
                 notable.append(f"{candidate} is passed over: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import InputError
@@ -13,8 +14,12 @@ from ..manifest import Manifest
 VARIABLE = "ENAT_CACHE"  # a folder for compiled graphs; empty for none
 
 
-def cache_folder(manifest: Manifest, kind: str) -> Path | None:
-    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written."""
+def cache_folder(manifest: Manifest, kind: str, filled: Callable[[Path], bool] = lambda folder: False) -> Path | None:
+    """Where compiled graphs of an engine are kept: in ENAT_CACHE, else in the user's cache folder. None where that cannot be written.
+
+    filled: whether a folder holds all that will be looked for; it need not be writable then, as in the image of a container. Raises
+    InputError where ENAT_CACHE cannot be written.
+    """
     chosen = os.environ.get(VARIABLE)
     if chosen == "":
         return None
@@ -25,7 +30,10 @@ def cache_folder(manifest: Manifest, kind: str) -> Path | None:
             f"{str(error).rstrip('.')}, and {VARIABLE} is not set; graphs are compiled at every start", RuntimeWarning, stacklevel=5
         )
         return None
+    root = root.absolute()  # wherever the program goes
     folder = root / kind / manifest.hash[:16]
+    if filled(folder):
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 
 import onnxruntime as ort
 
 from ...errors import BackendError
+from ..cores import machine_cores
 from ..manifest import Manifest
 from . import Array
 from .contract import OUTPUTS
@@ -44,12 +44,12 @@ def session_options(manifest: Manifest, threads: int | None = None, slots: int =
 
 
 def threads_used(threads: int | None) -> int:
-    return threads or os.cpu_count() or 1
+    return threads or machine_cores()
 
 
 def session_threads(threads: int | None, slots: int) -> int:
     """Of a session, which counts one that runs it among its threads: all that run it and those of its own are to be `threads`, by default
-    as many as the machine has. 0: as ONNX Runtime chooses for one.
+    as many as the machine has cores. 0: as ONNX Runtime chooses for one.
     """
     return threads or 0 if slots == 1 else max(1, threads_used(threads) - slots + 1)
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import mmap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ class GraphCache:
         manifest: Manifest,
         options: Callable[[str], Mapping[str, Any]],
         form: Callable[[str], Mapping[str, Any]],
+        graphs: Sequence[str],
     ) -> None:
-        """options: gives OpenVINO's, to run a graph with; form: gives what it was rewritten with."""
+        """options: gives OpenVINO's, to run a graph with; form: gives what it was rewritten with; graphs: that will be looked for."""
         self.core, self.manifest, self.options, self.form = core, manifest, options, form
-        self.folder = cache_folder(manifest, "openvino")
+        self.folder = cache_folder(manifest, "openvino", lambda folder: all((folder / self.name(graph)).is_file() for graph in graphs))
 
     @functools.cached_property
     def shared_key(self) -> list[str]:
@@ -68,12 +69,16 @@ class GraphCache:
         properties = (self.core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
         return [self.manifest.hash, ov.__version__, source_hash(openvino_graphs), *map(str, properties)]
 
-    def file(self, graph: str) -> Path | None:
-        """Where a graph is kept: under a hash of all that decides how it is compiled."""
+    def name(self, graph: str) -> str:
+        """Of a graph's file, with a hash of all that decides how it is compiled."""
         options = {name: value for name, value in self.options(graph).items() if name not in THREADS}
         decided = [f"{name}={value}" for name, value in sorted({**options, **self.form(graph)}.items())]
         key = hashlib.sha256(repr([*self.shared_key, *decided]).encode()).hexdigest()[:16]
-        return self.folder and self.folder / f"{graph}-{key}.blob"
+        return f"{graph}-{key}.blob"
+
+    def file(self, graph: str) -> Path | None:
+        """Where a graph is kept; None where none is."""
+        return self.folder and self.folder / self.name(graph)
 
     def keeps(self, graph: str) -> bool:
         file = self.file(graph)

@@ -115,16 +115,19 @@ class CompiledGraphs:
         ThreadedProcess.check()
         self.manifest = manifest
         self.following = [graph for graph in FOLLOWING if manifest.has(f"{graph}.onnx")]
-        self.core = ov.Core()
-        if "CPU" not in self.core.available_devices:
-            raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
-        kernels = Kernels.of(self.core) if manifest.precision != "fp32" else Kernels()
+        try:
+            self.core = ov.Core()
+            if "CPU" not in self.core.available_devices:
+                raise BackendError(f"OpenVINO {ov.__version__} found no CPU that it can use")
+            kernels = Kernels.of(self.core) if manifest.precision != "fp32" else Kernels()
+            # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
+            self.options = functools.partial(graph_options, manifest.precision, kernels, threads)
+            self.form = functools.partial(graph_form, manifest.precision, kernels)
+            self.cache = GraphCache(self.core, manifest, self.options, self.form, [FIRST, *self.following])
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO {ov.__version__} cannot use this CPU: {reason(error)}") from error
         if too_wide(manifest, lambda: kernels.saturate):
             raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
-        # No method of this object: it would keep itself alive, and with it all memory, until the cycle is looked for.
-        self.options = functools.partial(graph_options, manifest.precision, kernels, threads)
-        self.form = functools.partial(graph_form, manifest.precision, kernels)
-        self.cache = GraphCache(self.core, manifest, self.options, self.form)
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()

@@ -30,7 +30,7 @@ typedef struct enat_preview enat_preview;
 typedef struct {
     const char* device;   /* "cpu", "cuda:0", …; NULL: cpu */
     const char* provider; /* "cpu", "cuda" or "tensorrt"; NULL: by the device */
-    int32_t threads;      /* on the CPU, shared by the slots; 0: all that the process may use */
+    int32_t threads;      /* on the CPU, shared by the slots; 0: one for each core that the process may use */
     int32_t verify;       /* 1: hash files over 64 MiB too */
     int32_t slots;        /* batches in flight at once, each with memory of its own; further threads wait in turn; 0: one */
 } enat_options;

@@ -67,7 +67,7 @@ struct Sampling {
 struct Options {
     std::string device = "cpu";  // or "cuda", "cuda:1", …
     std::string provider = "";   // "cpu", "cuda" or "tensorrt"; empty: cpu or cuda, by the device
-    int threads = 0;             // on the CPU, shared by the slots; 0: all that the process may use
+    int threads = 0;             // on the CPU, shared by the slots; 0: one for each core that the process may use
     bool verify = false;         // hash files over 64 MiB too
     int slots = 1;               // batches in flight at once, each with memory of its own; further threads wait in turn
 };
