@@ -13,7 +13,7 @@ def allowed_threads() -> int | None:
     (`docker --cpus`, Kubernetes' limits) allows fewer than the machine has cores; None where nothing limits it.
 
     ONNX Runtime and OpenVINO know nothing of quotas: of many threads each would wait for the one that is held back. A part of a core is
-    worth a thread (docs/SPEED.md), a second one on the same core is not.
+    worth a thread (docs/SPEED.md). Where a core runs two threads they start one for it, and so does this.
     """
     quota = least_quota()
     affinity = core_count(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()

@@ -17,7 +17,7 @@ from ..manifest import Manifest
 from . import Array, Program
 from .cuda import CudaDevice, device_facts, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane, batch_of
+from .device_lane import DeviceLane, Record, batch_of
 from .lanes import LaneBackend, Lanes
 
 CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
@@ -247,11 +247,15 @@ class TensorRTLane(DeviceLane):
         self.scratch = self.arena.take(size)
 
     def give_scratch(self, context: Context) -> None:
-        """Has a context use the lane's scratch memory; whoever made it larger has waited for what the context launched."""
+        """Has a context use the lane's scratch memory, if it has none; whoever took that away has waited for what the context launched."""
         assert self.scratch is not None
-        if context.scratch is not self.scratch:
+        if context.scratch is None:
             context.execution.set_device_memory(self.scratch.address, self.scratch.size)
             context.scratch = self.scratch
+
+    def settled(self, record: Record) -> bool:
+        """Contexts are to have run with the memory that they will be recorded with."""
+        return all(context.scratch is not None for context in record.executions.values())
 
     def forget(self) -> bool:
         if self.recording:
