@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
+
+from ..runtime.cores import usable_cores
 
 CPU_INFO = Path("/proc/cpuinfo")
 WORTH_KNOWING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
@@ -20,9 +21,8 @@ def processor() -> str:
         facts.setdefault(name.strip(), value.strip())
     model = facts.get("model name") or platform.processor() or platform.machine()
     family = f" (family {facts['cpu family']})" if "cpu family" in facts else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = (facts.get("flags") or facts.get("Features") or "").split()
-    return f"{model}{family}, {cores} cores, {' '.join(flag for flag in WORTH_KNOWING if flag in flags)}".rstrip(", ")
+    return f"{model}{family}, {usable_cores()} cores, {' '.join(flag for flag in WORTH_KNOWING if flag in flags)}".rstrip(", ")
 
 
 def device_name(device: str) -> str:

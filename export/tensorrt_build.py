@@ -160,15 +160,21 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
     try:
         write_builds(now, [*current, build])
     except BaseException:
-        if old.exists():
-            replace_folder(place, old, folder)
-        else:
-            place.rename(folder)
+        if not is_listed(build, engine):
+            if old.exists():
+                replace_folder(place, old, folder)
+            else:
+                place.rename(folder)
         raise
     for one in others:
         if one not in current:
             shutil.rmtree(engine / one.folder, ignore_errors=True)
     return build
+
+
+def is_listed(build: Build, engine: Path) -> bool:
+    """Whether an engine's manifest lists the very files of a build."""
+    return any(one.get("files") == build.files for one in json.loads((engine / FILE).read_text("utf-8")).get(SECTION, []))
 
 
 def write_builds(manifest: Manifest, builds: Sequence[Build]) -> None:

@@ -50,6 +50,8 @@ def built(path: Path, profiles: Sequence[Profile], options: Options, timing_cach
                 progress_monitor=monitor,
             )
             plan = EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)()
+            if monitor and monitor.interrupted:  # after the last step
+                raise KeyboardInterrupt
         except PolygraphyException as error:
             if monitor and monitor.interrupted:
                 raise KeyboardInterrupt from error

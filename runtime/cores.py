@@ -16,9 +16,13 @@ def allowed_threads() -> int | None:
     worth a thread (docs/SPEED.md). Where a core runs two threads they start one for it, and so does this.
     """
     quota = least_quota()
-    affinity = core_count(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()
-    allowed = affinity if quota is None else min(affinity, math.ceil(quota))
+    allowed = usable_cores() if quota is None else min(usable_cores(), math.ceil(quota))
     return allowed if allowed < machine_cores() else None
+
+
+def usable_cores() -> int:
+    """Those that the process' affinity names."""
+    return core_count(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()
 
 
 def machine_cores() -> int:

@@ -5,7 +5,7 @@ What it cannot tell is whether CUDA and TensorRT do what is asked of them; tests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +104,7 @@ class HostLane(OrtLane):
     device: HostDevice
     records = True
 
-    def scratch_of_image(self) -> float:  # type: ignore[override]
+    def scratch_of_image(self, graphs: Iterable[str]) -> float:  # type: ignore[override]
         return 0  # ONNX Runtime's own memory is none of the device's
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:

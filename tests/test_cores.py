@@ -81,11 +81,17 @@ def test_cores(siblings: tuple[str, ...], tmp_path: Path) -> None:
     assert cores.core_count(range(5), processors(tmp_path, siblings)) == SIBLINGS[siblings]
 
 
+def a_thread_a_core(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """As if the machine had so many CPUs, each a core of its own."""
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    monkeypatch.setattr(cores, "core_count", lambda cpus: len(set(cpus)))
+
+
 @pytest.mark.parametrize(
     ("affinity", "quota", "allowed"), [(64, None, None), (64, 80.0, None), (16, None, 16), (64, 7.65, 8), (4, 7.65, 4), (64, 0.5, 1)]
 )
 def test_what_is_allowed(monkeypatch: pytest.MonkeyPatch, affinity: int, quota: float | None, allowed: int | None) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    a_thread_a_core(monkeypatch, 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(cores, "least_quota", lambda: quota)
     assert cores.allowed_threads() == allowed
@@ -103,7 +109,7 @@ def test_two_threads_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    a_thread_a_core(monkeypatch, 64)
     for allowed, expected in ((None, [None, 32, 21, 1]), (6, [None, 3, 2, 1])):
         monkeypatch.setattr(cores, "allowed_threads", lambda allowed=allowed: allowed)
         assert [cores.part_of_threads(processes) for processes in (1, 2, 3, 100)] == expected
@@ -145,6 +151,6 @@ def test_some_threads_are_not_those_of_other_processes(backend: str) -> None:
 
 def test_threads_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that run a session work beside its own: together as many as are asked for."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    a_thread_a_core(monkeypatch, 16)
     for threads, slots, own in ((None, 1, 0), (3, 1, 3), (None, 2, 15), (4, 2, 3), (4, 4, 1), (4, 9, 1)):
         assert session_threads(threads, slots) == own

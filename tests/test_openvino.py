@@ -334,6 +334,25 @@ def test_a_cache_that_holds_all_may_be_read_only(monkeypatch: pytest.MonkeyPatch
         Pipeline.load(backend="openvino")
 
 
+def test_a_cache_that_cannot_be_looked_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where a container runs as another user than the one that HOME is of."""
+    monkeypatch.setenv("ENAT_CACHE", str(tmp_path))
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(InputError, match=r"the cache folder \(ENAT_CACHE\) cannot be written: Permission denied"):
+        Pipeline.load(backend="openvino")
+    monkeypatch.delenv("ENAT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="graphs are compiled at every start"):
+        Pipeline.load(backend="openvino").close()
+
+
 def test_a_cpu_that_openvino_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise RuntimeError("Exception from src/core.cpp:1:\nno plugin for it\nmore of it")

@@ -259,6 +259,18 @@ def test_a_build_in_place_of_the_same_one(builds: Builds, engine_copy: Path, mon
         with pytest.raises(pytest.fail.Exception):
             tensorrt_build.build_engine(engine_copy, [4])
         assert files(engine_copy) == before
+    write = tensorrt_build.write_builds
+
+    def interrupted(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(tensorrt_build, "write_builds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tensorrt_build.build_engine(engine_copy, [8], force=True)
+    assert choose_build(read_manifest(engine_copy, verify=True), HERE).id == build.id
+    before = files(engine_copy)
     assert tensorrt_build.build_engine(engine_copy, [8], force=True).id == build.id
     after = files(engine_copy)
     assert after.keys() == before.keys() and after != before
@@ -282,6 +294,22 @@ def test_ctrl_c_ends_a_build(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             changed.setattr(monitor.bar, "close", interrupted)
             getattr(monitor, name)(*{"phase_start": ("next", None, 2), "step_complete": ("outer", 1), "phase_finish": ("outer",)}[name])
         assert monitor.interrupted and not monitor.step_complete("outer", 2)
+
+
+def test_ctrl_c_after_the_last_step_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT has a plan then, and would go on with the next graph."""
+    from enat.export.tensorrt_build import build_engine
+
+    before = files(engine_copy)
+
+    def build(self: Builds, logger: Any) -> bytes:
+        self.configs[-1].progress_monitor.interrupted = True
+        return b"plan"
+
+    monkeypatch.setattr(Builds, "build", build)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(engine_copy, [8], progress=True)
+    assert files(engine_copy) == before and len(builds.configs) == 1
 
 
 def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Plans:
         self.dropped: dict[int, bool] = {}  # contexts that are gone: whether they were busy
         self.scratch = lambda: 1000 * (1 + len(self.contexts))
         self.limit = 2**40  # of the device's memory
+        self.failing: tuple[int, str] | None = None  # the context and the call that fails
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -54,7 +55,9 @@ class Plans:
         return StandIn(
             self.trt.ICudaEngine,
             name=graph,
-            create_execution_context=lambda strategy: self.context(graph),
+            create_execution_context=lambda strategy: (
+                None if self.failing == (len(self.contexts), "create_execution_context") else self.context(graph)
+            ),
             get_tensor_shape=outputs.get,
             device_memory_size_v2=self.largest_scratch,
             get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
@@ -65,6 +68,8 @@ class Plans:
         number = len(self.contexts)
 
         def execute(stream: int) -> bool:
+            if self.failing == (number, "execute_async_v3"):
+                return False
             self.busy.add(number)
             return True
 
@@ -229,6 +234,20 @@ def test_memory_that_is_short_before_any_plan_is_loaded(running: Running) -> Non
         running.pipeline.decode(np.zeros((1, 8, 8), np.int64))
 
 
+@pytest.mark.parametrize("failing", ["create_execution_context", "execute_async_v3"])
+def test_contexts_outlive_what_failed_after_it(running: Running, failing: str) -> None:
+    """What was launched before still runs."""
+    plans = running.plans
+    plans.scratch = lambda: 1000  # nobody waits for the sake of a larger one
+    plans.failing = (5, failing)
+    with pytest.raises(BackendError):
+        running.pipeline.generate([1], seed=0)
+    assert len(plans.contexts) >= 5
+    plans.failing = None
+    running.pipeline.close()
+    assert len(plans.dropped) == len(plans.contexts) and not any(plans.dropped.values())
+
+
 @pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 1 fits"), (2**40, "not even one fits")])
 def test_a_batch_that_does_not_fit(running: Running, scratch: int, fits: str) -> None:
     """What contexts need beside the tensors counts, too."""
@@ -297,7 +316,7 @@ def test_plans_are_tried_where_there_is_a_choice(running: Running, engine_copy: 
     """`auto` is to know of a plan that TensorRT or its hash refuses before it draws."""
     backend: Any = running.pipeline.backend
     backend.try_graphs()
-    assert backend.plans.engines.keys() == backend.plans.build.graphs.keys()
+    assert backend.plans.engines.keys() == backend.plans.build.graphs.keys() - {"image_encoder"}  # which no picture is drawn with
     backend.plans.engines.clear()
     (engine_copy / backend.plans.build.plan("decoder")).write_bytes(b"short")
     with pytest.raises(EngineError, match=r"decoder\.plan: "):

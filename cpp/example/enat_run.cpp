@@ -38,7 +38,7 @@ constexpr const char* usage = R"(usage: enat-run-cpp --engine DIR --class CLASS 
   --columns N                 of the sheet; default: about square
   --device DEVICE             cpu or cuda:N (cpu)
   --provider PROVIDER         cpu, cuda or tensorrt; default: by the device
-  --threads N                 CPU threads; default: all that the process may use
+  --threads N                 CPU threads; default: one for each core that the process may use
   --verify                    check the hashes of files over 64 MiB too
   --list-classes              show the engine's classes and end
   -h, --help                  show this and end

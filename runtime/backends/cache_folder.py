@@ -32,9 +32,9 @@ def cache_folder(manifest: Manifest, kind: str, filled: Callable[[Path], bool] =
         return None
     root = root.absolute()  # wherever the program goes
     folder = root / kind / manifest.hash[:16]
-    if filled(folder):
-        return folder
     try:
+        if filled(folder):
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder

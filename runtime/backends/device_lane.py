@@ -8,7 +8,7 @@ import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,14 +52,15 @@ class DeviceLane(ABC):
         self.running: Record | None = None  # whose program runs, where it is one that is to be recorded
         self.recording = False
         self.dry = False  # nothing is launched, only memory counted
+        self.counted: set[str] = set()  # graphs that were to run meanwhile
 
     @abstractmethod
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
         """Launches a graph. NumPy arrays among the inputs are values that the host needs."""
 
     @abstractmethod
-    def scratch_of_image(self) -> float | None:
-        """Bytes for each image of a batch that the graphs take beside their tensors; None where the backend does not tell."""
+    def scratch_of_image(self, graphs: Iterable[str]) -> float | None:
+        """Bytes for each image of a batch that graphs take beside their tensors; None where the backend does not tell."""
 
     @abstractmethod
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -120,7 +121,9 @@ class DeviceLane(ABC):
     def run(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> list[DeviceTensor]:
         shapes = output_shapes(self.manifest, graph, inputs, self.modulation_shapes)
         outputs = {name: self.new(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        if not self.dry:
+        if self.dry:
+            self.counted.add(graph)
+        else:
             self.execute(graph, inputs, outputs)
         return list(outputs.values())
 
@@ -144,11 +147,15 @@ class DeviceLane(ABC):
             while len(self.kept) >= RECORDS:
                 self.kept.popitem(last=False)
             record = Record(self.upload_all(arrays))
-            with self.running_for(record):
-                outputs = program(record.inputs)
-                if not self.settled(record):
+            try:
+                with self.running_for(record):
                     outputs = program(record.inputs)
-                result = [self.download(tensor) for tensor in outputs]
+                    if not self.settled(record):
+                        outputs = program(record.inputs)
+                    result = [self.download(tensor) for tensor in outputs]
+            except BaseException:
+                self.device.synchronize()  # what was made for it must outlive what it launched
+                raise
             self.kept[key] = record
             return result
         record = self.kept[key]
@@ -202,15 +209,15 @@ class DeviceLane(ABC):
     def advice(self, arrays: Mapping[str, Array], program: Program) -> str:
         """Which batch would fit, by what the program's tensors and the graphs take together at their peak."""
         self.arena.free_unused()
-        scratch = self.scratch_of_image()  # first, as it may load what takes memory too
-        available = self.device.free_memory() + self.arena.total
         counter = NoDevice()
         mine = self.device, self.arena, self.staging
-        self.device, self.arena, self.dry = counter, Arena(counter), True
+        self.device, self.arena, self.dry, self.counted = counter, Arena(counter), True, set()
         try:
             program(self.upload_all(arrays))
         finally:
             (self.device, self.arena, self.staging), self.dry = mine, False
+        scratch = self.scratch_of_image(self.counted)  # may load what takes memory too
+        available = self.device.free_memory() + self.arena.total
         batch = batch_of(arrays)
         needed = counter.peak + batch * (scratch or 0)
         fitting = min(int(MEMORY_SHARE * batch * available / needed), batch // 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnxruntime as ort
@@ -117,7 +117,7 @@ class OrtLane(DeviceLane):
         self.kind = kind  # of device, in ONNX Runtime's words
         self.index = int(device.name.split(":")[1]) if ":" in device.name else 0
 
-    def scratch_of_image(self) -> None:
+    def scratch_of_image(self, graphs: Iterable[str]) -> None:
         """ONNX Runtime allocates as it goes."""
 
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:

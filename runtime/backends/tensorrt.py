@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,6 @@ class Plans:
                 self.engines[graph] = engine
             return self.engines[graph]
 
-    def load_all(self) -> None:
-        """All graphs of the build."""
-        for graph in self.build.graphs:
-            self.engine(graph)
-
 
 class TensorRTBackend(LaneBackend["TensorRTLane"]):
     """Lanes that run plans."""
@@ -115,8 +110,10 @@ class TensorRTBackend(LaneBackend["TensorRTLane"]):
         self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
 
     def try_graphs(self) -> None:
-        """TensorRT may refuse a plan, and the GPU have no room for it."""
-        self.plans.load_all()
+        """TensorRT may refuse a plan, and the GPU have no room for it: those that pictures take, which the first ones load anyway."""
+        for graph in self.plans.build.graphs:
+            if graph != "image_encoder":
+                self.plans.engine(graph)
 
 
 @dataclass
@@ -147,10 +144,9 @@ class TensorRTLane(DeviceLane):
             raise InputError(f"{batch} images at once are too many for this TensorRT build; expected at most {most} (--max-batch)")
         return super().compute(key, arrays, program)
 
-    def scratch_of_image(self) -> float:
-        """Contexts share their scratch memory, which TensorRT names for the largest batch. Loads all plans, which take memory as well."""
-        self.plans.load_all()
-        return max(engine.device_memory_size_v2 for engine in self.plans.engines.values()) / self.plans.build.options["max_batch"]
+    def scratch_of_image(self, graphs: Iterable[str]) -> float:
+        """Contexts share their scratch memory, which TensorRT names for the largest batch. Loads their plans, which take memory as well."""
+        return max(self.plans.engine(graph).device_memory_size_v2 for graph in graphs) / self.plans.build.options["max_batch"]
 
     def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
         engine = self.plans.engine("condition")
