@@ -6,7 +6,7 @@ Tokens and positions are per image; where guidance doubles the rows, the graphs 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -66,9 +66,8 @@ class LeanHead(nn.Module):
 
 
 @contextlib.contextmanager
-def replaced(replacements: Iterable[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+def replaced(replacements: Sequence[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
     """Inside, modules have others in place of those of a name: (module, name, other)."""
-    replacements = list(replacements)
     originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
     try:
         for module, name, other in replacements:

@@ -15,8 +15,9 @@ def allowed_threads() -> int | None:
     ONNX Runtime and OpenVINO know nothing of quotas: of many threads each would wait for the one that is held back. A part of a core is
     worth a thread (docs/SPEED.md). Where a core runs two threads they start one for it, and so does this.
     """
-    quota = least_quota()
-    allowed = usable_cores() if quota is None else min(usable_cores(), math.ceil(quota))
+    allowed, quota = usable_cores(), least_quota()
+    if quota is not None:
+        allowed = min(allowed, math.ceil(quota))
     return allowed if allowed < machine_cores() else None
 
 

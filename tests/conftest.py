@@ -164,6 +164,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def openvino(cache: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(backend="openvino") as pipeline:
+        yield pipeline
+
+
 @pytest.fixture(scope="session")
 def reference() -> Iterator[Pipeline]:
     """The bundled engine on ONNX Runtime, whatever else is installed."""

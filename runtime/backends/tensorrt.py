@@ -59,7 +59,7 @@ def load_plan(runtime: Any, path: Path, logger: Logger) -> Any:
 def refit(engine: Any, graph: Path, logger: Logger, changed: Collection[str] = ()) -> None:
     """Gives a plan the weights of a graph. Raises BackendError, and where the plan would keep any that are named as changed."""
     refitter = trt.Refitter(engine, logger)
-    kept = sorted(set(changed) - set(refitter.get_all_weights())) if changed else []
+    kept = sorted(set(changed) - set(refitter.get_all_weights()))
     if kept:
         raise BackendError(f"{graph}: its {kept[0]} differs, and the plan takes no other in place of it; build it anew, without --refit")
     if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
