@@ -4,7 +4,7 @@
 #     cpp/dependencies.sh FOLDER
 #
 #     FOLDER/include   headers of ONNX Runtime and nlohmann-json, out of Debian's packages, from the mirror that this machine's apt uses
-#     FOLDER/lib       the shared library of ONNX Runtime, out of the Python package onnxruntime (of $PYTHON, python3 by default);
+#     FOLDER/lib       links to the shared library of ONNX Runtime in the Python package onnxruntime (of $PYTHON, python3 by default);
 #                      newer libraries serve older headers
 #
 # FOLDER then serves as ONNXRUNTIME_ROOT and in CMAKE_PREFIX_PATH. Run again, it only looks whether the library is still the right one.
@@ -43,7 +43,7 @@ fetch() {
 
 [ $# -eq 1 ] || fail "expected one argument, the folder to put it into"
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found (${CXX:-c++}); install g++"
-has_headers openssl/evp.h png.h || fail "headers of OpenSSL or libpng not found; install libssl-dev and libpng-dev"
+has_headers openssl/evp.h || fail "headers of OpenSSL not found; install libssl-dev"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 

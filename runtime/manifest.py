@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -193,7 +193,7 @@ def checked_manifest(folder: Path, verify: bool) -> Manifest:
         found = "no such directory" if not folder.exists() else f"it has no {FILE}" if folder.is_dir() else "a file"
         raise EngineError(f"{folder}: not an engine directory: {found}")
     try:
-        data = json.loads((root / FILE).read_bytes(), parse_constant=no_number)
+        data = json.loads((root / FILE).read_bytes().decode("utf-8-sig"), parse_constant=no_number)
         own = manifest_text({name: value for name, value in data.items() if name != "builds"} if isinstance(data, dict) else {})
     except (ValueError, RecursionError) as error:  # not JSON, or brackets without end
         raise EngineError(f"{file}: not valid JSON ({error})") from error
@@ -257,9 +257,8 @@ def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
 def check_file(manifest: Manifest, name: str, entry: object, verify: bool) -> None:
     """Raises EngineError unless the file lies inside the engine directory with the size and hash of its entry."""
     reader, where = Reader(manifest.folder / FILE), f"files[{name!r}]"
-    parts = PurePosixPath(name).parts
-    inside = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
-    reader.expect(inside, where, name, "a path inside the engine directory")
+    plain = all(part not in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name
+    reader.expect(plain, where, name, "a path inside the engine directory")
     reader.expect(isinstance(entry, dict), where, entry, "an object with size and sha256")
     assert isinstance(entry, dict)
     size = reader.integer(entry, "size", 0, where)

@@ -1,4 +1,4 @@
-"""The oldest versions that pyproject.toml allows of what enat runs with, as constraints for pip; for `make test-oldest`."""
+"""The oldest versions that pyproject.toml allows of what enat runs and is built with, as constraints for pip; for `make test-oldest`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def oldest(requirements: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]
 project = tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
 versions = dict(oldest(project["dependencies"] + [one for extra in EXTRAS for one in extras[extra]]))
-versions |= {name: version for name, version in oldest(extras["test"]) if name in versions}  # the tests may need a newer one
+versions |= {
+    name: version for name, version in oldest(extras["test"]) if name in versions or name == "cmake"
+}  # the tests may need a newer one
 for name, version in versions.items():
     print(f"{name}=={'.'.join(map(str, version))}.*")

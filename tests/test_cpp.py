@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,8 +94,11 @@ def test_a_seed_that_is_drawn_is_told(plain: Path, bundled: Pipeline, tmp_path: 
 
 def test_classes(plain: Path, bundled: Pipeline, tmp_path: Path) -> None:
     assert enat_run(plain, "--list-classes").stdout.splitlines()[33] == "33\t7"
+    assert len(tokens_of(plain, tmp_path, "--class", "ALL", "--steps", 1, "--guidance", "1e-310")) == 36
     for word in ("r", " R", "7", "#7", "17"):
         assert np.array_equal(tokens_of(plain, tmp_path, "--class", word, "--seed", 1), bundled.generate_tokens([word], seed=1))
+    unfriendly = engine_of(tmp_path / "unfriendly", lambda data: data["model"].update(class_names=["\x1b[31m\n"] * 36), graphs=True)
+    assert enat_run(plain, "--list-classes", engine=unfriendly).stdout.splitlines()[0] == "0\t?[31m?"
     refused(enat_run(plain, "--class", "RR", "--out", "x.png"), "unknown class 'RR'")
     refused(enat_run(plain, "--class", "36", "--out", "x.png"), "expected a class of 0 to 35, got 36")
     same = engine_of(tmp_path / "same", lambda data: data["model"].update(class_names=["a", "A", *"c" * 34]), graphs=True)
@@ -159,15 +164,11 @@ def test_the_page_shows_what_works(plain: Path, cmake: str, bundled: Pipeline, t
     with Image.open(program / "picture.ppm") as drawn:
         assert np.array_equal(np.asarray(drawn), bundled.generate(["R"], seed=7)[0])
     (program / "main.c").write_text(samples["c"])
-    c_flags = [
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{tmp_path}/installed/include",
-        f"-L{tmp_path}/installed/lib",
-        f"-Wl,-rpath,{tmp_path}/installed/lib",
-    ]
-    done("cc", program / "main.c", "-o", program / "c", *c_flags, "-lenat")
+    (packages,) = (tmp_path / "installed").rglob("pkgconfig")
+    found = [f"-I{tmp_path}/installed/include", f"-L{tmp_path}/installed/lib", "-lenat"]
+    if shutil.which("pkg-config"):
+        found = done("pkg-config", "--cflags", "--libs", "enat", env={**os.environ, "PKG_CONFIG_PATH": str(packages)}).split()
+    done("cc", program / "main.c", "-o", program / "c", "-Wall", "-Wextra", "-Werror", f"-Wl,-rpath,{packages.parent}", *found)
     drawn_in_c = subprocess.run([program / "c"], cwd=program, check=True, capture_output=True).stdout
     assert drawn_in_c == bundled.generate(["R"], seed=7).tobytes()
     installed = enat_run(tmp_path / "installed" / "bin", "--class", "R", "--seed", 7, "--out", tmp_path / "R.png")

@@ -76,6 +76,8 @@ MALFORMED: dict[str, tuple[Edit | Callable[[Path], object], str]] = {
     "no name": (lambda data: data["files"].update({"": ENTRY}), "inside the engine"),
     "the folder": (lambda data: data["files"].update({".": ENTRY}), "inside the engine"),
     "a backslash": (lambda data: data["files"].update({"a\\b": ENTRY}), "inside the engine"),
+    "a file as a folder": (lambda data: data["files"].update({"sampler.onnx/": ENTRY}), "inside the engine"),
+    "a way of no length": (lambda data: data["files"].update({"./sampler.onnx": ENTRY}), "inside the engine"),
     "a zero": (lambda data: data["files"].update({"a\0b": ENTRY}), "inside the engine"),
     "a long name": (lambda data: data["files"].update({"x" * 300: ENTRY}), "missing"),
     "two lines": (lambda data: data["files"].update({"a\nb": ENTRY}), "a?b: missing"),
@@ -84,6 +86,9 @@ MALFORMED: dict[str, tuple[Edit | Callable[[Path], object], str]] = {
     "nested": (nested, "precision is an array of 1, expected a string"),
     "an end too early": (lambda engine: os.truncate(engine / FILE, 300), "not valid JSON"),
     "nothing": (lambda engine: os.truncate(engine / FILE, 0), "not valid JSON"),
+    "more after the end": (lambda engine: (engine / FILE).write_bytes((engine / FILE).read_bytes() + b"\0{"), "it has a zero"),
+    "UTF-16": (lambda engine: (engine / FILE).write_text((engine / FILE).read_text(), encoding="utf-16"), "not valid JSON"),
+    "Latin-1": (lambda engine: (engine / FILE).write_bytes(b'{"format": "\xe9"}'), "not valid JSON"),
     "a list": (lambda engine: (engine / FILE).write_text("[]"), "the manifest is an array of 0"),
     "bytes": (lambda engine: (engine / FILE).write_bytes(np.random.default_rng(0).bytes(999)), "not valid JSON"),
     "brackets": (lambda engine: (engine / FILE).write_text("[" * 500_000), "not valid JSON"),
@@ -169,7 +174,8 @@ def altered(engine: Path, graph: str, output: str, kind: str, inputs: list[str],
     for node in model.graph.node:
         node.output[:] = ["honest" if name == output else name for name in node.output]
         node.input[:] = ["honest" if name == output else name for name in node.input]
-    constants = {"thousand": np.array(1000), "zero": np.array([0]), "one": np.array([1])}
+    vectors = {name: np.array([value]) for name, value in {"zero": 0, "one": 1, "two": 2, "all": 1000}.items()}
+    constants = {"thousand": np.array(1000), **vectors}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
     model.graph.node.append(onnx.helper.make_node(kind, inputs, [output], **options))
     for info in model.graph.output:
@@ -183,6 +189,13 @@ LIES: dict[str, tuple[str, str, tuple[str, list[str], dict[str, Any]], str]] = {
     "positions before the first": ("sampler", "revealed_positions", ("Sub", ["honest", "thousand"], {}), "it gave the position -"),
     "tokens too many": ("sampler", "revealed_tokens", ("Concat", ["honest", "honest"], {"axis": 1}), "it gave revealed_tokens of"),
     "masked ones too many": ("sampler", "masked_positions", ("Concat", ["honest", "honest"], {"axis": 1}), "it gave masked_positions of"),
+    "tokens beyond the last": ("sampler", "revealed_tokens", ("Add", ["honest", "thousand"], {}), "it gave the token 1"),
+    "choices too many": ("sampler", "tokens", ("Concat", ["honest", "honest"], {"axis": 1}), "it gave tokens of shape [1, 128]"),
+    "a visible token too few": ("encoder", "visible_features", ("Slice", ["honest", "one", "all", "one"], {}), "gave visible_features of"),
+    "visible tokens too many": ("encoder", "visible_features", ("Concat", ["honest", "honest"], {"axis": 1}), "gave visible_features of"),
+    "features too wide": ("encoder", "visible_features", ("Concat", ["honest", "honest"], {"axis": 2}), "it gave visible_features of"),
+    "logits of more pictures": ("decoder", "logits", ("Concat", ["honest", "honest"], {"axis": 0}), "it gave logits of shape [2, 64, 512]"),
+    "logits of fewer codes": ("decoder", "logits", ("Slice", ["honest", "zero", "one", "two"], {}), "it gave logits of shape [1, 64, 1]"),
     "rows too few": ("condition", "decoder_modulation", ("Slice", ["honest", "zero", "one"], {}), "it gave decoder_modulation of shape"),
     "pictures in a row": ("image_decoder", "images", ("Flatten", ["honest"], {}), "it gave images of shape [1, 12288]"),
 }  # fmt: skip
@@ -211,7 +224,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(plain: Path, tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     (tmp_path / name).write_text("earlier")
-    refused(enat_run(plain, "--class", "1", "--out", tmp_path / name, preexec_fn=small_files), name, "cannot be written", codes=(1,))
+    full = enat_run(plain, "--class", "1", "--out", tmp_path / name, preexec_fn=small_files)
+    refused(full, f"{tmp_path / name}: cannot be written: File too large", codes=(1,))
     assert (tmp_path / name).read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
     (tmp_path / "folder.png").mkdir()
     refused(enat_run(plain, "--class", "1", "--out", tmp_path / "folder.png"), "is a folder; expected a file to write")
@@ -229,6 +243,15 @@ def test_a_full_disk_leaves_the_file_that_was_there(plain: Path, tmp_path: Path,
         (["--seed=-1"], "expected a number for --seed, got '-1'", 2),
         (["--seed", "-1"], "expected a number for --seed, got '-1'", 2),
         (["--seed", "18446744073709551616"], "--seed", 2),
+        (["--steps", "-99999999999999999999"], "--steps: -99999999999999999999 is too small a number", 2),
+        (["--guidance", "x"], "expected a number for --guidance, got 'x'", 2),
+        (["--class", "1", "--out", "x.png", "--guidance", "-1e-9"], "guidance of 0 to 1e6, got -1e-09", 2),
+        (
+            ["--class", "all", "--num", "500", "--columns", "1", "--out", "x.png"],
+            "would have 64×1187998 pixels; expected at most 1000000",
+            2,
+        ),
+        (["--class", "1", "--engine", "", "--out", "x.png"], "expected --engine", 2),
         (["--steps", "8.5"], "expected a number for --steps, got '8.5'", 2),
         (["--class", "1", "--out", "x.png", "--steps", "65"], "expected 1 to 64 steps, got 65", 2),
         (["--class", "1", "--out", "x.png", "--guidance", "nan"], "guidance of 0 to 1e6", 2),
@@ -244,8 +267,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(plain: Path, tmp_path: Path,
         (["--class", "1", "--out", "x.png", "--device", "cuda", "--provider", "cpu"], "got the device cuda", 2),
         (["--class", "1", "--out", "x.png", "--device", "cuda:0"], "cannot use cuda:0 (cuda)", 1),
         (["--class", "1", "--out", "x.png", "--device", "cuda:0", "--provider", "tensorrt"], "cannot use cuda:0 (tensorrt)", 1),
-        (["--class", "1", "--out", "/nowhere/x.png"], "/nowhere/x.png: cannot be written", 2),
-        (["--class", "1", "--out", "/nowhere/x.npy", "--seed", "1"], "/nowhere/x.npy: cannot be written", 2),
+        (["--class", "1", "--out", "/nowhere/x.png"], "/nowhere/x.png: cannot be written: No such file", 2),
+        (["--class", "1", "--out", "/nowhere/x.npy", "--seed", "1"], "/nowhere/x.npy: cannot be written: No such file", 2),
     ],
 )
 def test_wrong_arguments(built: Path, arguments: list[str], message: str, code: int) -> None:
@@ -255,3 +278,13 @@ def test_wrong_arguments(built: Path, arguments: list[str], message: str, code: 
 def test_no_engine(plain: Path) -> None:
     refused(call(plain / "enat-run-cpp", "--class", "1", "--out", "x.png"), "expected --engine")
     assert "usage: enat-run-cpp" in done(plain / "enat-run-cpp", "-h")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("option", ["-h", "--list-classes"])
+def test_an_answer_that_cannot_be_written(plain: Path, option: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [plain / "enat-run-cpp", f"--engine={BUNDLED_ENGINE}", option], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    refused(result, "stdout cannot be written: No space left", codes=(1,))

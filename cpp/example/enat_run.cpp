@@ -3,15 +3,18 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cerrno>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iostream>
 #include <map>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,7 +38,7 @@ constexpr const char* usage = R"(usage: enat-run-cpp --engine DIR --class CLASS 
   --mask-temperature X        randomness of which tokens are revealed; default: the engine's
   --sampling-temperature X    randomness of the tokens; default: the engine's
   --batch-size N              pictures drawn at once (8)
-  --columns N                 of the sheet; default: about square
+  --columns N                 of the sheet; default: a row of up to 8, else about square
   --device DEVICE             cpu or cuda:N (cpu)
   --provider PROVIDER         cpu, cuda or tensorrt; default: by the device
   --threads N                 CPU threads; default: one for each core that the process may use
@@ -63,7 +66,7 @@ Number parse(const std::string& option, const std::string& text, Number (*conver
         const bool negative = std::is_unsigned_v<Number> && text.find('-') != std::string::npos;
         if (used == text.size() && !negative) return number;
     } catch (const std::out_of_range&) {
-        throw enat::InputError(option + ": " + text + " is too large a number");
+        throw enat::InputError(option + ": " + text + " is too " + (text[text.find_first_not_of(' ')] == '-' ? "small" : "large") + " a number");
     } catch (const std::logic_error&) {  // none at all
     }
     throw enat::InputError("expected a number for " + option + ", got '" + text + "'");
@@ -84,7 +87,13 @@ int at_least_one(const std::string& option, const std::string& text) {
 }
 
 double real(const std::string& option, const std::string& text) {
-    return parse<double>(option, text, [](const std::string& t, std::size_t* used) { return std::stod(t, used); });
+    return parse<double>(option, text, [](const std::string& t, std::size_t* used) {
+        char* end = nullptr;
+        const double number = std::strtod(t.c_str(), &end);  // std::stod refuses what is next to 0
+        *used = static_cast<std::size_t>(end - t.c_str());
+        if (*used == 0) throw std::invalid_argument(t);
+        return number;
+    });
 }
 
 std::uint64_t unsigned_number(const std::string& option, const std::string& text) {
@@ -135,6 +144,17 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
     return result;
 }
 
+/// On one line of a terminal: control characters are shown as '?'.
+std::string printable(std::string text) {
+    std::replace_if(text.begin(), text.end(), [](unsigned char letter) { return letter < ' ' || letter == 0x7F; }, '?');
+    return text;
+}
+
+std::string lower(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](unsigned char letter) { return letter < 0x80 ? std::tolower(letter) : letter; });
+    return text;
+}
+
 /// The classes that the words name; `all` unless a class is called so.
 std::vector<enat::Class> parse_classes(const enat::Pipeline& pipeline, const std::vector<std::string>& words) {
     std::vector<enat::Class> result;
@@ -142,7 +162,7 @@ std::vector<enat::Class> parse_classes(const enat::Pipeline& pipeline, const std
         try {
             result.emplace_back(pipeline.class_index(word));
         } catch (const enat::InputError&) {
-            if (word != "all") throw;
+            if (lower(word) != "all") throw;
             for (std::int64_t i = 0; i < pipeline.model().num_classes; ++i) result.emplace_back(i);
         }
     }
@@ -153,7 +173,7 @@ void list_classes(const enat::Pipeline& pipeline) {
     const enat::Model& model = pipeline.model();
     for (std::int64_t i = 0; i < model.num_classes; ++i) {
         std::cout << i;
-        if (!model.class_names.empty()) std::cout << '\t' << model.class_names[static_cast<std::size_t>(i)];
+        if (!model.class_names.empty()) std::cout << '\t' << printable(model.class_names[static_cast<std::size_t>(i)]);
         std::cout << '\n';
     }
 }
@@ -162,10 +182,11 @@ void list_classes(const enat::Pipeline& pipeline) {
 class PartialFile {
 public:
     explicit PartialFile(const std::filesystem::path& target) : target_(target), partial_(target) {
-        partial_.replace_filename("." + target.filename().string() + "." + std::to_string(getpid()) + ".partial");
+        partial_.replace_filename(".enat-run-cpp." + std::to_string(getpid()) + ".partial");
         std::error_code ignored;  // of names that no file can have: the next line tells
         if (std::filesystem::is_directory(target, ignored)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
-        if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written");
+        errno = 0;
+        if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written: " + std::strerror(errno));
         std::filesystem::remove(partial_);  // an interrupt while pictures are drawn finds nothing to leave behind
     }
     PartialFile(const PartialFile&) = delete;
@@ -175,8 +196,18 @@ public:
         std::filesystem::remove(partial_, ignored);
     }
 
-    const std::filesystem::path& path() const { return partial_; }
-    void put_in_place() const { std::filesystem::rename(partial_, target_); }
+    /// Calls `write` with its path and puts the file in place.
+    template <typename Write>
+    void write(Write write) const {
+        try {
+            write(partial_);
+            std::filesystem::rename(partial_, target_);
+        } catch (const enat::Error& error) {
+            throw enat::Error(target_.string() + ": cannot be written: " + error.what());
+        } catch (const std::filesystem::filesystem_error& error) {
+            throw enat::Error(target_.string() + ": cannot be written: " + error.code().message());
+        }
+    }
 
 private:
     std::filesystem::path target_, partial_;
@@ -194,27 +225,28 @@ void run(const Arguments& arguments) {
         return;
     }
     const auto classes = parse_classes(pipeline, arguments.classes);
-    if (classes.size() * static_cast<std::size_t>(std::max(arguments.settings.num, 1)) > most_pictures) {
+    const std::size_t count = classes.size() * static_cast<std::size_t>(std::max(arguments.settings.num, 1));
+    if (count > most_pictures) {
         throw enat::InputError("these are too many pictures for one run; expected at most " + std::to_string(most_pictures));
     }
     const PartialFile file(arguments.out);
     enat::Tokens tokens;
     if (ending == ".png") {
+        const auto square = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(count))));
+        const std::size_t columns = arguments.columns > 0 ? arguments.columns : count <= 8 ? count : square;
+        if (count > 0) check_sheet(count, columns, static_cast<std::size_t>(pipeline.model().image_size.value_or(1)));
         const enat::Images images = pipeline.generate(classes, arguments.settings);
-        const auto square = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(images.count))));
-        write_png(file.path(), images, arguments.columns > 0 ? arguments.columns : images.count <= 8 ? images.count : square);
+        file.write([&](const auto& path) { write_png(path, images, columns); });
         tokens = images.tokens;
     } else {
         tokens = pipeline.generate_tokens(classes, arguments.settings);
-        write_npy(file.path(), tokens);
+        file.write([&](const auto& path) { write_npy(path, tokens); });
     }
-    file.put_in_place();
     if (!arguments.settings.seed) std::cerr << "seed " << tokens.seeds[0] << '\n';
 }
 
-int fail(std::string message, int code) {
-    std::replace_if(message.begin(), message.end(), [](unsigned char letter) { return letter < ' ' || letter == 0x7F; }, '?');
-    std::cerr << "Error: " << message << '\n';
+int fail(const std::string& message, int code) {
+    std::cerr << "Error: " << printable(message) << '\n';
     return code;
 }
 
@@ -225,9 +257,10 @@ int main(int count, char** words) {
         const Arguments arguments = parse_arguments({words + 1, words + count});
         if (arguments.help) {
             std::cout << usage;
-            return 0;
+        } else {
+            run(arguments);
         }
-        run(arguments);
+        if (!std::cout.flush()) throw enat::Error(std::string("stdout cannot be written: ") + std::strerror(errno));
         return 0;
     } catch (const enat::InputError& error) {
         return fail(error.what(), 2);

@@ -1,5 +1,7 @@
 #include "write_npy.hpp"
 
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <string>
 
@@ -10,6 +12,7 @@ void write_npy(const std::filesystem::path& file, const enat::Tokens& tokens) {
         "{'descr': '<i8', 'fortran_order': False, 'shape': (" + std::to_string(tokens.count) + ", " + grid + ", " + grid + "), }";
     header.resize((10 + header.size()) / 64 * 64 + 64 - 11, ' ');
     header += '\n';
+    errno = 0;
     std::ofstream stream(file, std::ios::binary);
     stream.write("\x93NUMPY\x01\x00", 8);
     stream.put(static_cast<char>(header.size() & 255)).put(static_cast<char>(header.size() >> 8)) << header;
@@ -17,5 +20,5 @@ void write_npy(const std::filesystem::path& file, const enat::Tokens& tokens) {
         for (int shift = 0; shift < 64; shift += 8) stream.put(static_cast<char>(static_cast<std::uint64_t>(token) >> shift & 255));
     }
     stream.close();
-    if (!stream) throw enat::Error(file.string() + ": cannot be written");
+    if (!stream) throw enat::Error(std::strerror(errno));
 }

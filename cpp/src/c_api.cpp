@@ -57,6 +57,14 @@ void require(const void* pointer, const char* name) {
     if (pointer == nullptr) throw enat::InputError(std::string("expected a pointer for ") + name + ", got NULL");
 }
 
+/// An array of the caller. Throws InputError where no memory could hold so many.
+template <typename T>
+std::vector<T> array(const T* values, std::size_t count, const char* name) {
+    if (count > 0) require(values, name);
+    if (count > std::vector<T>().max_size()) throw enat::InputError("expected a number of " + std::string(name) + ", got " + std::to_string(count));
+    return {values, values + count};
+}
+
 std::optional<double> unless_nan(double value) { return std::isnan(value) ? std::nullopt : std::optional<double>(value); }
 
 enat::Settings convert(const enat_settings& given) {
@@ -67,7 +75,7 @@ enat::Settings convert(const enat_settings& given) {
         settings.seed = given.seeds[0];
     } else if (given.seeds != nullptr) {
         if (given.seed_count == 0) throw enat::InputError("expected seed_count to be the number of seeds, got 0");
-        settings.seeds.assign(given.seeds, given.seeds + given.seed_count);
+        settings.seeds = array(given.seeds, given.seed_count, "seeds");
     }
     if (given.steps != 0) settings.steps = given.steps;
     settings.guidance = unless_nan(given.guidance);
@@ -164,9 +172,9 @@ enat_status enat_generate(const enat_pipeline* pipeline, const int64_t* classes,
         require(images, "images");
         *images = {};
         require(pipeline, "pipeline");
-        if (count > 0) require(classes, "classes");
         const enat_settings given = settings == nullptr ? enat_default_settings() : *settings;
-        std::vector<enat::Class> wanted(classes, classes + count);
+        const std::vector<std::int64_t> numbers = array(classes, count, "classes");
+        const std::vector<enat::Class> wanted(numbers.begin(), numbers.end());
         enat::Settings chosen = convert(given);
         if (!given.tokens_only) {
             fill(*images, pipeline->pipeline.generate(wanted, chosen));
@@ -184,14 +192,12 @@ enat_status enat_decode(const enat_pipeline* pipeline, const int64_t* tokens, si
         *images = {};
         require(pipeline, "pipeline");
         require(tokens, "tokens");
-        const auto& model = pipeline->pipeline.model();
         enat::Tokens given;
         given.count = count;
-        given.grid = static_cast<std::size_t>(model.grid);
-        if (count > given.values.max_size() / given.grid / given.grid) {
-            throw enat::InputError("expected a count of pictures, got " + std::to_string(count));
-        }
-        given.values.assign(tokens, tokens + count * given.grid * given.grid);
+        given.grid = static_cast<std::size_t>(pipeline->pipeline.model().grid);
+        const std::size_t length = given.grid * given.grid;
+        if (count > given.values.max_size() / length) throw enat::InputError("expected a number of pictures, got " + std::to_string(count));
+        given.values = array(tokens, count * length, "tokens");
         fill(*images, pipeline->pipeline.decode(given));
     });
 }

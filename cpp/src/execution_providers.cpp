@@ -108,6 +108,8 @@ Device parse_device(const std::string& text) {
     return {true, std::stoi(digits)};
 }
 
+std::string runtime_version() { return std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString(); }
+
 Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph) {
     const Device device = parse_device(options.device);
     const std::string provider = options.provider.empty() ? (device.cuda ? "cuda" : "cpu") : options.provider;
@@ -137,8 +139,7 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         }
         return session;
     } catch (const Ort::Exception& error) {
-        throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " cannot use " + options.device + " (" +
-                           provider + "): " + first_line(error.what()));
+        throw BackendError(runtime_version() + " cannot use " + options.device + " (" + provider + "): " + first_line(error.what()));
     }
 }
 

@@ -5,12 +5,16 @@
 
 #include <cstddef>
 #include <optional>
+#include <string>
 
 #include "enat/enat.hpp"
 #include "graphs.hpp"
 #include "manifest.hpp"
 
 namespace enat {
+
+/// "ONNX Runtime" and its version, for messages.
+std::string runtime_version();
 
 /// Settings for the session of one of an engine's graphs. Throws InputError for options out of their range, BackendError where this build
 /// of ONNX Runtime does not have the execution provider or cannot start it.

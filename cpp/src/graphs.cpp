@@ -64,29 +64,34 @@ ONNXTensorElementDataType element_type(Type type, ONNXTensorElementDataType engi
     return engine;
 }
 
-bool stays_on_device(Type type) { return type == Type::engine || type == Type::float32; }
-
-/// ONNX Runtime tells its makers how it is used, unless told otherwise before it starts.
-void no_telemetry() {
-    constexpr const char* variable = "ORT_DISABLE_TELEMETRY";
-#ifdef _WIN32
-    if (std::getenv(variable) == nullptr) _putenv_s(variable, "1");
-#else
-    setenv(variable, "1", 0);
-#endif
+/// As ONNX calls it.
+const char* type_name(ONNXTensorElementDataType type) {
+    switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return "bfloat16";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE: return "double";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return "int8";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return "int32";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return "bool";
+        default: return "another type";
+    }
 }
 
+bool stays_on_device(Type type) { return type == Type::engine || type == Type::float32; }
+
 Ort::Env make_env() {
-    no_telemetry();
+    // It tells its makers how it is used, unless told otherwise before it starts.
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);
     // Asked before anything else is: every other call goes through what this gives.
     if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
-        throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " is older than the headers (version 1." +
-                           std::to_string(ORT_API_VERSION) + ") that this library was built with");
+        throw BackendError(runtime_version() + " is older than the headers (version 1." + std::to_string(ORT_API_VERSION) +
+                           ") that this library was built with");
     }
     return Ort::Env(ORT_LOGGING_LEVEL_FATAL, "enat");  // what it would log as errors, exceptions tell
 }
-
-std::string runtime_version() { return std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString(); }
 
 /// Throws EngineError unless a graph's inputs or outputs hold those of the contract, in their types. Inputs must be no more than those.
 void check_ports(const std::filesystem::path& file, const char* kind, const std::vector<Port>& expected, bool exactly,
@@ -95,8 +100,8 @@ void check_ports(const std::filesystem::path& file, const char* kind, const std:
         const auto entry = found.find(port.name);
         if (entry == found.end()) throw EngineError(shown(file) + ": it has no " + kind + " " + port.name);
         if (entry->second != element_type(port.type, engine)) {
-            throw EngineError(shown(file) + ": its " + kind + " " + port.name + " has ONNX Runtime's element type " +
-                              std::to_string(entry->second) + ", expected " + std::to_string(element_type(port.type, engine)));
+            throw EngineError(shown(file) + ": its " + kind + " " + port.name + " is " + type_name(entry->second) + ", expected " +
+                              type_name(element_type(port.type, engine)));
         }
     }
     if (exactly && found.size() != expected.size()) {

@@ -1,5 +1,6 @@
 #include "loop.hpp"
 
+#include <string>
 #include <utility>
 
 #include "noise.hpp"
@@ -15,16 +16,19 @@ Ort::Value all_positions(std::int64_t batch, std::int64_t length) {
     return tensor({batch, length}, positions);
 }
 
-/// Sets row by row target[positions[i]] = value(i), for `count` positions a row of `length`. What a graph gives as a position may be none.
+/// Throws EngineError unless the sampler gave what it may give.
+std::int64_t within(std::int64_t found, std::int64_t count, const char* kind) {
+    if (found >= 0 && found < count) return found;
+    throw EngineError(std::string("sampler.onnx: it gave the ") + kind + " " + std::to_string(found) + ", expected 0 to " +
+                      std::to_string(count - 1));
+}
+
+/// Sets row by row target[positions[i]] = value(i), for `count` positions a row of `length`.
 template <typename T, typename Value>
 void scatter(std::vector<T>& target, std::int64_t length, const std::int64_t* positions, std::int64_t count, Value value) {
     const std::int64_t batch = static_cast<std::int64_t>(target.size()) / length;
     for (std::int64_t i = 0; i < batch * count; ++i) {
-        if (positions[i] < 0 || positions[i] >= length) {
-            throw EngineError("sampler.onnx: it gave the position " + std::to_string(positions[i]) + ", expected 0 to " +
-                              std::to_string(length - 1));
-        }
-        target[static_cast<std::size_t>(i / count * length + positions[i])] = value(i);
+        target[static_cast<std::size_t>(i / count * length + within(positions[i], length, "position"))] = value(i);
     }
 }
 
@@ -60,9 +64,11 @@ std::vector<std::int64_t> sample(const Graphs& graphs, const Model& model, const
         if (step.index > 0) {
             if (step.index == 1) features = empty_tensor({rows, 0, model.dim}, graphs.float_type());
             features = std::move(graphs.run(Graph::encoder, {&step_tokens, &step_positions, &features, &encoder_modulation})[0]);
+            graphs.check(Graph::encoder, 0, features, {rows, length - step.masked, model.dim});
         }
         const Ort::Value& step_modulation = step.index == 0 ? first_modulation : decoder_modulation;
         const std::vector<Ort::Value> logits = graphs.run(Graph::decoder, {&positions, &features, &step_modulation});
+        graphs.check(Graph::decoder, 0, logits[0], {step.index == 0 ? batch : rows, step.masked, model.codes});
 
         const Noise noise = step_noise(seeds, step.index, length);
         const Ort::Value choice_noise = tensor({batch, length}, noise.choice), confidence_noise = tensor({batch, length}, noise.confidence);
@@ -76,12 +82,13 @@ std::vector<std::int64_t> sample(const Graphs& graphs, const Model& model, const
         const auto* new_tokens = graphs.values<std::int64_t>(Graph::sampler, 1, chosen[1], {batch, revealed});
         const auto* new_positions = graphs.values<std::int64_t>(Graph::sampler, 2, chosen[2], {batch, revealed});
         const auto* still_masked = graphs.values<std::int64_t>(Graph::sampler, 3, chosen[3], {batch, step.keep});
-        scatter(tokens, length, new_positions, revealed, [&](std::int64_t i) { return new_tokens[i]; });
+        const auto* choice = graphs.values<std::int64_t>(Graph::sampler, 0, chosen[0], {batch, step.masked});
+        scatter(tokens, length, new_positions, revealed, [&](std::int64_t i) { return within(new_tokens[i], model.codes, "token"); });
         if (on_step) {
             // The step's choice for all that was masked, over what is revealed.
-            const auto* choice = graphs.values<std::int64_t>(Graph::sampler, 0, chosen[0], {batch, step.masked});
             std::vector<std::int64_t> all_tokens = tokens;
-            scatter(all_tokens, length, positions.GetTensorData<std::int64_t>(), step.masked, [&](std::int64_t i) { return choice[i]; });
+            scatter(all_tokens, length, positions.GetTensorData<std::int64_t>(), step.masked,
+                    [&](std::int64_t i) { return within(choice[i], model.codes, "token"); });
             std::vector<std::uint8_t> masked(tokens.size());
             scatter(masked, length, still_masked, step.keep, [](std::int64_t) { return std::uint8_t{1}; });
             on_step(step, all_tokens, masked);

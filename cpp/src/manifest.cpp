@@ -103,6 +103,7 @@ std::string read_text(const fs::path& file) {
 }
 
 Json parse(const fs::path& file, const std::string& text) {
+    if (text.find('\0') != std::string::npos) throw EngineError(shown(file) + ": not valid JSON (it has a zero byte)");  // the parser's end
     try {
         return Json::parse(text);
     } catch (const Json::exception& error) {
@@ -138,16 +139,14 @@ Model read_model(const Reader& reader, const Json& data) {
     return model;
 }
 
-/// Whether a name, split at '/', stays where it starts.
+/// Whether a name that is not empty, split at '/', has nothing but names in it, and so stays where it starts.
 bool stays_inside(const std::string& name) {
-    if (name.front() == '/' || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos) return false;
+    if (name.back() == '/' || name.find('\\') != std::string::npos || name.find('\0') != std::string::npos) return false;
     std::istringstream parts(name);
-    bool named = false;
     for (std::string part; std::getline(parts, part, '/');) {
-        if (part == "..") return false;
-        named = named || (!part.empty() && part != ".");
+        if (part.empty() || part == "." || part == "..") return false;
     }
-    return named;
+    return true;
 }
 
 bool lies_in(const fs::path& path, const fs::path& folder) {

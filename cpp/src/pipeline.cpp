@@ -63,6 +63,15 @@ Request make_request(const Manifest& manifest, const std::vector<Class>& classes
     return request;
 }
 
+/// Pictures of tokens. Throws enat's errors alone.
+Images decoded(const Graphs& graphs, const Model& model, const std::vector<std::int64_t>& tokens) {
+    try {
+        return enat::decode(graphs, model, tokens);
+    } catch (const Ort::Exception& error) {  // of tensors that are made for the graphs
+        throw BackendError(first_line(error.what()));
+    }
+}
+
 using Use = std::function<void(const std::vector<std::int64_t>&)>;
 
 /// What a callback sees of one batch.
@@ -74,7 +83,7 @@ public:
 
     Images images() const override {
         manifest_.require_images();
-        return enat::decode(graphs_, manifest_.model, tokens_);
+        return decoded(graphs_, manifest_.model, tokens_);
     }
     std::vector<std::uint8_t> masked() const override { return masked_; }
 
@@ -185,7 +194,7 @@ Images Pipeline::generate(const std::vector<Class>& classes, const Settings& set
     const Request request = make_request(manifest, classes, settings);
     Images images;
     loaded_->draw(request, settings.callback, [&](const std::vector<std::int64_t>& tokens) {
-        append(images, enat::decode(loaded_->graphs, loaded_->manifest.model, tokens));
+        append(images, decoded(loaded_->graphs, loaded_->manifest.model, tokens));
     });
     images.tokens.seeds = request.seeds;
     return images;
@@ -224,12 +233,8 @@ Images Pipeline::decode(const Tokens& tokens, int batch_size) const {
         const std::size_t last = std::min(first + static_cast<std::size_t>(batch_size), tokens.count);
         const auto start = tokens.values.begin();
         const Slots::Place place = loaded_->slots.take();  // for this batch alone
-        try {
-            append(images, enat::decode(loaded_->graphs, manifest.model,
-                                        {start + static_cast<std::ptrdiff_t>(first * length), start + static_cast<std::ptrdiff_t>(last * length)}));
-        } catch (const Ort::Exception& error) {
-            throw BackendError(first_line(error.what()));
-        }
+        append(images, decoded(loaded_->graphs, manifest.model,
+                               {start + static_cast<std::ptrdiff_t>(first * length), start + static_cast<std::ptrdiff_t>(last * length)}));
     }
     images.tokens.seeds = tokens.seeds;
     return images;

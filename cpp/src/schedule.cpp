@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "enat/enat.hpp"
+#include "messages.hpp"
 
 namespace enat {
 
@@ -31,7 +32,7 @@ std::vector<Step> schedule(std::int64_t length, std::int64_t steps, double cfg_s
     for (const auto& [name, value] :
          {std::pair("guidance", cfg_scale), {"mask temperature", mask_temp}, {"sampling temperature", samp_temp}}) {
         if (!(value >= 0 && value <= largest)) {  // not so of NaN
-            throw InputError(std::string("expected a ") + name + " of 0 to 1e6, got " + std::to_string(value));
+            throw InputError(std::string("expected a ") + name + " of 0 to 1e6, got " + shown(value));
         }
     }
     std::vector<Step> result;

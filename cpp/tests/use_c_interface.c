@@ -37,6 +37,7 @@ static int on_step(size_t step, size_t steps, const enat_preview* preview, void*
 int main(int count, char** words) {
     EXPECT(count == 3);
     enat_pipeline* pipeline = NULL;
+    EXPECT(enat_open("/no\xff\nwhere\xc3\xa9", NULL, &pipeline) == ENAT_ENGINE_ERROR && said("/no??where\xc3\xa9: not an engine"));
     EXPECT(enat_open("/nowhere", NULL, &pipeline) == ENAT_ENGINE_ERROR && pipeline == NULL && said("/nowhere: not an engine directory"));
     EXPECT(enat_open(NULL, NULL, &pipeline) == ENAT_INPUT_ERROR && said("engine, got NULL"));
     EXPECT(enat_open(words[1], NULL, NULL) == ENAT_INPUT_ERROR && said("pipeline, got NULL"));
@@ -104,6 +105,9 @@ int main(int count, char** words) {
     EXPECT(enat_generate(pipeline, wrong, 1, NULL, &other) == ENAT_INPUT_ERROR && said("got 36"));
     EXPECT(enat_generate(pipeline, NULL, 0, NULL, &other) == ENAT_INPUT_ERROR && said("at least one class"));
     EXPECT(enat_generate(pipeline, NULL, 2, NULL, &other) == ENAT_INPUT_ERROR && said("classes, got NULL"));
+    EXPECT(enat_generate(pipeline, classes, (size_t)1 << 61, NULL, &other) == ENAT_INPUT_ERROR && said("number of classes, got 230584"));
+    settings.seed_count = (size_t)1 << 61;
+    EXPECT(enat_generate(pipeline, classes, 2, &settings, &other) == ENAT_INPUT_ERROR && said("number of seeds, got 230584"));
     EXPECT(enat_generate(NULL, classes, 2, NULL, &other) == ENAT_INPUT_ERROR && said("pipeline, got NULL"));
     EXPECT(enat_generate(pipeline, classes, 2, NULL, NULL) == ENAT_INPUT_ERROR && said("images, got NULL"));
 

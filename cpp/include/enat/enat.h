@@ -1,8 +1,8 @@
 /* enat for C, and for languages that call C: from an engine directory (docs/ENGINE.md) to pictures.
  *
  * Functions return ENAT_OK or what went wrong; enat_last_error() then says it in one line. One pipeline may be used from several
- * threads at once. What the library fills in is given back with enat_free_images() and enat_close(), which accept NULL, what is
- * given back already, and what a call that failed has left. */
+ * threads at once. A pipeline is given back with enat_close(), once, and what the library fills in with enat_free_images(), which
+ * leaves the struct empty, so that it may be called again. Both accept NULL and what a call that failed has left. */
 #ifndef ENAT_H
 #define ENAT_H
 
