@@ -65,7 +65,11 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "LD_LIBRARY_PATH": ":".join(paths)},
             )
-        self.wait()
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
 
     def wait(self) -> None:
         started = time.monotonic()
@@ -75,7 +79,6 @@ class Server:
             if self.get("v2/health/ready") is not None:
                 return
             time.sleep(0.2)
-        self.stop()
         raise RuntimeError(f"Triton did not start:\n{self.log.read_text()[-3000:]}")
 
     def get(self, path: str, port: int | None = None) -> str | None:

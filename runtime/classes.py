@@ -11,6 +11,7 @@ from ..errors import InputError
 from .manifest import ModelInfo
 
 MOST_DIGITS = 18
+MOST_BITS = 200
 
 
 def class_index(model: ModelInfo, wanted: SupportsIndex | str) -> int:
@@ -38,11 +39,14 @@ def class_index(model: ModelInfo, wanted: SupportsIndex | str) -> int:
 
 
 def whole(value: SupportsIndex, what: str) -> int:
-    """A whole number of any kind, NumPy's too, as an int. Raises InputError for what is none."""
+    """A whole number of any kind, NumPy's too, as an int. Raises InputError for what is none, or larger than any that is of use."""
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise InputError(f"expected {what}, got {value!r:.40}") from None
+    if number.bit_length() > MOST_BITS:  # Python does not print the largest
+        raise InputError(f"expected {what}, got one of {number.bit_length()} bits")
+    return number
 
 
 def by_name(model: ModelInfo, wanted: str) -> list[int]:

@@ -39,7 +39,7 @@ def to_pil(images: Images) -> list[Image.Image]:
     found = np.asarray(images)
     if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3:
         raise InputError(f"expected pictures, uint8 [N, height, width, 3], got {found.dtype} {list(found.shape)}")
-    return [Image.fromarray(image) for image in images]
+    return [Image.fromarray(image) for image in found]
 
 
 def sheet_size(count: int, width: int, height: int, columns: int) -> tuple[int, int]:

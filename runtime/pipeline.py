@@ -176,10 +176,12 @@ class Pipeline:
                 raise InputError(f"unknown setting {name!r}; expected {', '.join(Drawing.__annotations__)}")
         chosen: dict[str, Any] = {**DEFAULTS, **settings}
         steps = self.schedule(**{name: chosen[name] for name in SETTINGS})
-        num, batch_size = chosen["num"], chosen["batch_size"]
-        if whole(num, "a whole number of images") < 1:
+        num = whole(chosen["num"], "a whole number of images")
+        if num < 1:
             raise InputError(f"expected 1 or more images a class, got {num}")
-        check_batch_size(batch_size)
+        batch_size = check_batch_size(chosen["batch_size"])
+        if chosen["callback"] is not None and not callable(chosen["callback"]):
+            raise InputError(f"expected a callback that can be called, or None, got {chosen['callback']!r:.60}")
         several: Any = classes if is_several(classes) else [classes]
         labels = [class_index(self.manifest.model, wanted) for wanted in itertools.islice(several, MOST_PICTURES + 1)]
         if not labels:
@@ -205,7 +207,7 @@ class Pipeline:
 
             def on_step(step: Step, tokens: Tensor, positions: Tensor, masked_positions: Tensor) -> None:
                 bar.update()
-                if not callback:
+                if callback is None:
                     return
                 preview = Preview(self, lane, tokens, positions, masked_positions)
                 try:
@@ -223,7 +225,7 @@ class Pipeline:
                 bar_start = number * len(steps)
                 chosen = slice(first, first + batch_size)
                 with self.backend.lease() as lane:  # for this batch alone: who waits for the next one may use the pipeline meanwhile
-                    hook: OnStep | None = on_step if callback or (progress and not lane.records) else None
+                    hook: OnStep | None = on_step if callback is not None or (progress and not lane.records) else None
                     drawn = sample(lane, self.manifest, labels[chosen], seeds[chosen], steps, images, hook)
                 bar.update(bar_start + len(steps) - bar.n)
                 yield drawn
@@ -260,7 +262,7 @@ class Pipeline:
 
     def run_graph(self, graph: str, arrays: Mapping[str, NDArray[Any]], batch_size: int) -> NDArray[Any]:
         """Runs a graph with one output, batch by batch."""
-        check_batch_size(batch_size)
+        batch_size = check_batch_size(batch_size)
         count = len(next(iter(arrays.values())))
         results = []
         for first in range(0, count, batch_size):
@@ -275,9 +277,12 @@ def check_count(pictures: int, of: str) -> None:
         raise InputError(f"{pictures} pictures are too many for one {of}; expected at most {MOST_PICTURES}")
 
 
-def check_batch_size(value: int) -> None:
-    if whole(value, "a whole number as batch size") < 1:
-        raise InputError(f"expected a batch size of 1 or more, got {value}")
+def check_batch_size(value: SupportsIndex) -> int:
+    """The number as an int. Raises InputError."""
+    number = whole(value, "a whole number as batch size")
+    if number < 1:
+        raise InputError(f"expected a batch size of 1 or more, got {number}")
+    return number
 
 
 def as_array(given: Any) -> NDArray[Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from ..errors import InputError
+from .classes import whole
 
 LARGEST = 1e6  # of a setting: far beyond any that is of use, and what is computed from it stays finite in float32
 
@@ -36,10 +40,23 @@ def kept(length: int, steps: int, index: int) -> int:
     return math.floor(length * math.cos((index + 1) / steps * math.pi / 2))
 
 
-def check_steps(length: int, steps: int) -> None:
-    """Raises InputError unless a run over `length` tokens can have so many steps."""
-    if not isinstance(steps, Integral) or not 1 <= steps <= length:
-        raise InputError(f"expected 1 to {length} steps, got {steps!r:.40}")
+def check_steps(length: int, steps: SupportsIndex) -> int:
+    """The number as an int. Raises InputError unless a run over `length` tokens can have so many steps."""
+    number = whole(steps, f"1 to {length} steps")
+    if not 1 <= number <= length:
+        raise InputError(f"expected 1 to {length} steps, got {number}")
+    return number
+
+
+def check_setting(name: str, value: float | np.floating[Any]) -> float:
+    """The number as a float, since NumPy's narrower ones overflow in what is computed from them. Raises InputError."""
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number <= LARGEST:  # not so of NaN
+        raise InputError(f"expected a {name} of 0 to 1e6, got {number if number == math.inf else value!r:.40}")
+    return number
 
 
 def schedule(length: int, steps: int, guidance: float, mask_temperature: float, sampling_temperature: float) -> list[Step]:
@@ -48,10 +65,10 @@ def schedule(length: int, steps: int, guidance: float, mask_temperature: float, 
     guidance: at the end; it rises linearly from 0. mask_temperature, sampling_temperature: at the start; they fall linearly.
     Raises InputError where a setting is out of its range.
     """
-    check_steps(length, steps)
-    for name, value in (("guidance", guidance), ("mask temperature", mask_temperature), ("sampling temperature", sampling_temperature)):
-        if not isinstance(value, Real) or not 0 <= value <= LARGEST:  # not so of NaN
-            raise InputError(f"expected a {name} of 0 to 1e6, got {value!r:.40}")
+    steps = check_steps(length, steps)
+    guidance = check_setting("guidance", guidance)
+    mask_temperature = check_setting("mask temperature", mask_temperature)
+    sampling_temperature = check_setting("sampling temperature", sampling_temperature)
     result: list[Step] = []
     masked, new = length, 0
     for index in range(steps):

@@ -20,6 +20,7 @@ from .config import Word, parameters, pbtxt
 from .graphs import graph_configs
 
 CONFIG = "config.pbtxt"
+LARGEST, LARGEST_TIME = 2**31 - 1, 2**63 - 1  # numbers that Triton's configuration holds
 PACKAGE = Path(__file__).parent.parent
 PACKAGE_FILES = ("__init__.py", "errors.py", "py.typed", "runtime", "serving")  # what a server needs of enat
 MODEL = '''"""Written by enat-triton."""
@@ -67,19 +68,19 @@ class Options:
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        for option, least in (("max_batch", 1), ("instances", 1), ("png_instances", 0), ("threads", 1)):
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise InputError(f"expected {option.replace('_', ' ')} of {least} or more, got {value}")
-        for option in ("queue_delay_us", "priorities", "queue_size", "queue_timeout_us"):
-            if getattr(self, option) < 0:
-                raise InputError(f"expected {option.removesuffix('_us').replace('_', ' ')} of 0 or more, got {getattr(self, option)}")
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise InputError(f"expected a model name of letters, digits, _, - and ., got {self.name!r}")
+        least = {"max_batch": 1, "instances": 1, "png_instances": 0, "threads": 1}
+        for option in (*least, "queue_delay_us", "priorities", "queue_size", "queue_timeout_us"):
+            value, lowest, largest = getattr(self, option), least.get(option, 0), LARGEST_TIME if option.endswith("_us") else LARGEST
+            if value is not None and not lowest <= value <= largest:
+                name = option.removesuffix("_us").replace("_", " ")
+                raise InputError(f"expected {name} of {lowest} {'or more' if value < lowest else f'to {largest}'}, got {value}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise InputError(f"expected a model name of ASCII letters, digits, _, - and ., got {self.name!r}")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise InputError(f"unknown backend {self.backend!r}; expected auto or one of {', '.join(BACKENDS)}")
-        if any(gpu < 0 for gpu in self.gpus):
-            raise InputError(f"expected GPUs of 0 or more, got {min(self.gpus)}")
+        for gpu in self.gpus:
+            if not 0 <= gpu <= LARGEST:
+                raise InputError(f"expected GPUs of 0 {'or more' if gpu < 0 else f'to {LARGEST}'}, got {gpu}")
         if len(set(self.gpus)) < len(self.gpus):
             raise InputError(f"expected each GPU once, got {','.join(map(str, self.gpus))}")
         if self.backend != "auto" and ("cuda" if self.gpus else "cpu") not in BACKENDS[self.backend]:

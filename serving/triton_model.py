@@ -35,20 +35,29 @@ def failed(message: str, code: Any) -> Any:
 
 
 # Triton gives a model that asks another one its error's message, and INTERNAL for whatever its code was: the code goes into the message.
-WITH_CODES = {"codes": 1}  # parameters of such a request
+WITH_CODES = {"enat_codes": 1}  # parameters of such a request
 CODES = ("INVALID_ARG", "INTERNAL", "CANCELLED")
+BUSY = ("Exceeds maximum queue size", "Request timeout expired")  # what Triton itself says of a full queue, and of one that waited too long
+SEED_BITS = 53  # whole numbers that every reader of JSON keeps
 
 
 def failed_in_words(message: str, code: str, request: Any) -> Any:
     """An error; its code is told in words too where the request asks for it."""
-    asked = "codes" in json.loads(request.parameters() or "{}")
+    try:
+        asked = "enat_codes" in json.loads(request.parameters() or "{}")
+    except ValueError:  # a client's, which are no UTF-8
+        asked = False
     return failed(f"{code}: {message}" if asked else message, getattr(pb_utils.TritonError, code))
 
 
 def failed_like(error: Any) -> Any:
-    """What `failed_in_words` said, as an error of that code."""
+    """What `failed_in_words` said, as an error of that code; and what Triton said of its queue."""
     code, _, message = error.message().partition(": ")
-    return failed(message, getattr(pb_utils.TritonError, code)) if code in CODES else pb_utils.InferenceResponse(error=error)
+    if code in CODES:
+        return failed(message, getattr(pb_utils.TritonError, code))
+    if any(words in error.message() for words in BUSY):
+        return failed(error.message(), pb_utils.TritonError.UNAVAILABLE)
+    return pb_utils.InferenceResponse(error=error)
 
 
 class PictureModel:
@@ -97,13 +106,9 @@ class PictureModel:
 
     def read(self, request: Any) -> list[Picture] | str:
         """The pictures that a request asks for, or what is wrong with it."""
-        given = {}
-        for name in INPUTS:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                given[name] = tensor.as_numpy().reshape(-1)
         try:
-            return self.pictures(given)
+            tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in INPUTS}
+            return self.pictures({name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None})
         except InputError as error:
             return str(error)
         except Exception as error:  # whatever it is, it must not fail the requests that are answered together with this one
@@ -116,7 +121,7 @@ class PictureModel:
         wanted = given.get("class_id", given.get("class_name"))
         assert wanted is not None
         labels = [class_index(model, one.decode("utf-8", "replace") if isinstance(one, bytes) else int(one)) for one in wanted]
-        seeds = [int(seed) for seed in given["seed"]] if "seed" in given else [secrets.randbits(63) for _ in labels]
+        seeds = [int(seed) for seed in given["seed"]] if "seed" in given else [secrets.randbits(SEED_BITS) for _ in labels]
         # The decimal number that was meant: 0.3, and not what the nearest float32 is as a float64.
         own = {name: [int(value) if name == "steps" else float(str(value)) for value in given[name]] for name in SETTINGS if name in given}
         settings = [tuple((name, values[i]) for name, values in own.items()) for i in range(len(labels))]
@@ -148,7 +153,11 @@ class PngModel:
             return failed("cancelled", pb_utils.TritonError.CANCELLED)
         inputs = [tensor for name in INPUTS if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None]
         inner = pb_utils.InferenceRequest(
-            model_name=self.model, requested_output_names=["image", "seed", "metadata"], inputs=inputs, parameters=WITH_CODES
+            model_name=self.model,
+            requested_output_names=["image", "seed", "metadata"],
+            inputs=inputs,
+            parameters=WITH_CODES,
+            timeout=request.timeout(),
         )
         response = await inner.async_exec()
         if response.has_error():

@@ -33,7 +33,8 @@ def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) ->
         ({"backend": "tensorrt"}, "the backend tensorrt runs on cuda, got the device 'cpu'"),
         ({"threads": 0}, f"expected 1 to {os.cpu_count()} threads, as this machine's CPU has, got 0"),
         ({"threads": 10_000}, f"expected 1 to {os.cpu_count()} threads"),
-        ({"slots": 0}, "expected 1 or more slots, got 0"),
+        ({"slots": 0}, "expected 1 to 1024 slots, got 0"),
+        ({"slots": 2**70}, "expected 1 to 1024 slots, got 1180591620717411303424"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             Pipeline.load(engines("tiny"), **options)  # type: ignore[arg-type]

@@ -127,11 +127,20 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
         assert np.array_equal(pipe.generate_tokens(classes, seed=seed), wanted)
     for one in (3, "3", range(3, 4), np.int16(3), np.array(3)):
         assert np.array_equal(pipe.generate_tokens(one, seed=5), wanted[:1])
+    narrow = {"num": np.int8(1), "batch_size": np.uint8(100), "steps": np.int8(4), "guidance": np.uint8(100)}
+    half = np.float16(2.7)
+    for chosen, plain in ((narrow, {"batch_size": 100, "steps": 4, "guidance": 100}), ({"guidance": half}, {"guidance": float(half)})):
+        assert np.array_equal(pipe.generate_tokens([1] * 150, seed=0, **chosen), pipe.generate_tokens([1] * 150, seed=0, **plain))  # type: ignore[arg-type]
     for arguments, message in (
         ({"classes": [7.9]}, "expected a class by its number or name, got 7.9"),
         ({"classes": [1], "seed": 1.5}, "expected a seed that is a whole number, got 1.5"),
         ({"classes": [1], "seed": [None]}, "expected a seed that is a whole number, got None"),
         ({"classes": [1], "num": 2.0}, "expected a whole number of images, got 2.0"),
+        ({"classes": [1], "num": 10**5000}, "expected a whole number of images, got one of 16610 bits"),
+        ({"classes": [10**5000]}, "expected a class by its number or name, got one of 16610 bits"),
+        ({"classes": [1], "steps": 10**5000}, "expected 1 to 64 steps, got one of 16610 bits"),
+        ({"classes": [1], "guidance": np.float16("inf")}, "expected a guidance of 0 to 1e6"),
+        ({"classes": [1], "callback": "no"}, "expected a callback that can be called, or None, got 'no'"),
         ({"classes": [1], "batch_size": "2"}, "expected a whole number as batch size, got '2'"),
         ({"classes": [1], "seed": itertools.count(5)}, "expected one seed for each of 1 images, got 2"),
         ({"classes": "all"}, "unknown class 'all'"),
@@ -140,7 +149,7 @@ def test_numbers_of_any_kind(pipe: Pipeline) -> None:
         ({"classes": ["9" * 5000]}, "expected a class of 0 to 9, got 9"),
         ({"classes": b"3"}, "expected a class by its number or name, got b'3'"),
         ({"classes": [1], "guidance": 1e39}, "expected a guidance of 0 to 1e6, got 1e+39"),
-        ({"classes": [1], "guidance": 10**400}, "expected a guidance of 0 to 1e6, got 1000"),
+        ({"classes": [1], "guidance": 10**400}, "expected a guidance of 0 to 1e6, got inf"),
         ({"classes": [1], "guidance_scale": 3}, "unknown setting 'guidance_scale'; expected num, seed, steps, guidance"),
         ({"classes": [1], "images": True}, "unknown setting 'images'"),
         ({"classes": [1, 2], "num": 10**9}, "2000000000 pictures are too many for one request; expected at most 1000000"),
@@ -188,6 +197,16 @@ def test_what_a_callback_returns(pipe: Pipeline) -> None:
         with pytest.raises(InputError, match=f"expected a callback that returns True, to stop the run, False or None, got {shown}"):
             pipe.generate([1], callback=callback)  # type: ignore[arg-type]
     assert len(pipe.generate([1], callback=lambda *_: np.False_)) == 1
+
+    class Frames(list[int]):
+        """One that is false as long as it is empty."""
+
+        def __call__(self, step: int, total: int, preview: Preview) -> None:
+            self.append(step)
+
+    frames = Frames()
+    pipe.generate([1], steps=3, callback=frames)
+    assert frames == [0, 1, 2]
 
 
 def test_a_callback_may_stop_the_run(pipe: Pipeline) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def test_what_no_server_could_start_is_refused(tmp_path: Path) -> None:
     for arguments, message in (
         (("--gpus", "0,0"), "expected each GPU once, got 0,0"),
         (("--gpus", ""), "--gpus: expected a number, or numbers with commas between, got ''"),
-        (("--name", "."), "expected a model name of letters, digits, _, - and ., got '.'"),
+        (("--gpus", 2**40), "expected GPUs of 0 to 2147483647, got 1099511627776"),
+        (("--max-batch", 3000000000), "expected max batch of 1 to 2147483647, got 3000000000"),
+        (("--queue-delay", 10**30), "expected queue delay of 0 to 9223372036854775807, got 1000"),
+        (("--name", "bücher"), "expected a model name of ASCII letters, digits, _, - and ., got 'bücher'"),
+        (("--name", "."), "expected a model name of ASCII letters, digits, _, - and ., got '.'"),
         (("--gpus", "-1"), "expected GPUs of 0 or more, got -1"),
         (("--backend", "tensorrt"), "the backend tensorrt needs --gpus"),
         (("--backend", "openvino", "--gpus", 0), "the backend openvino does not run on GPUs"),
@@ -179,7 +184,7 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
     assert write(tmp_path / "models", "--name", "other").exit_code == 0  # beside it
     refused(write(tmp_path / "x", "--max-batch", 0), "expected max batch of 1 or more, got 0")
     refused(write(tmp_path / "x", "--gpus", "0,a"), "--gpus: expected a number, or numbers with commas between, got '0,a'")
-    refused(write(tmp_path / "x", "--name", "a/b"), "expected a model name of letters, digits, _, - and ., got 'a/b'")
+    refused(write(tmp_path / "x", "--name", "a/b"), "expected a model name of ASCII letters, digits, _, - and ., got 'a/b'")
     refused(write(tmp_path / "x", "--engine", tmp_path / "nowhere"), "not an engine directory")
     (tmp_path / "file").write_text("")
     refused(write(tmp_path / "file"), "exists and is not a directory")
@@ -204,7 +209,7 @@ def test_deployments() -> None:
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
-    assert container["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
+    *_, probe = container["livenessProbe"]["exec"]["command"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/models/enat/ready"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -216,3 +221,17 @@ def test_deployments() -> None:
     assert (folder / build["context"] / build["dockerfile"]).resolve() == folder / "Dockerfile"
     dockerfile = (folder / "Dockerfile").read_text()
     assert all(f" {port}" in dockerfile for port in ports.values())
+    assert probe == "/usr/local/bin/healthy.py" and probe in dockerfile
+    assert f"COPY serving/deploy/{Path(probe).name} {Path(probe).parent}/\n" in dockerfile and (folder / Path(probe).name).exists()
+
+
+def test_the_image_holds_the_package_and_nothing_else() -> None:
+    """Of what lies in the folder: neither checkpoints nor engines."""
+    root = Path(__file__).parent.parent
+    everything, *allowed, caches = [line for line in (root / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert (everything, caches) == ("*", "**/__pycache__")
+    packages = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {name.split(".")[1] for name in packages if "." in name}
+    assert set(allowed) == {
+        f"!{name}" for name in (*rooms, "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "py.typed", "*.py")
+    }

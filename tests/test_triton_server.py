@@ -8,10 +8,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -257,6 +260,65 @@ def test_one_bad_request_among_good_ones(client: Client, bundled: Pipeline) -> N
             with pytest.raises(InferenceServerException, match="expected a class of 0 to 35, got 99"):
                 one.result()
     assert all((image == expected[id(request)]).all() for request, image in zip(wanted, found, strict=True))
+
+
+def test_parameters_that_are_no_text(server: Server, client: Client, bundled: Pipeline) -> None:
+    """They fail no request that is answered together with them."""
+    body = b'{"inputs": [{"name": "class_id", "datatype": "INT64", "shape": [1, 1], "data": [99]}], "parameters": {"x": "\xff"}}'
+
+    def bad(model: str) -> None:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://{server.http}/v2/models/{model}/infer", body, 60)
+        assert refused.value.code == 400
+        assert json.loads(refused.value.read())["error"].endswith("expected a class of 0 to 35, got 99")
+
+    wanted = requests(48, seed=5)
+    expected = expected_pictures(bundled, wanted)
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(bad, model) for model in ("enat", "enat_png") * 4]
+        found = send(client, wanted, workers=16)
+        for one in others:
+            one.result()
+    assert all((image == expected[id(request)]).all() for request, image in zip(wanted, found, strict=True))
+
+
+def stubs(server: Server, model: str) -> list[int]:
+    """The processes in which a model runs."""
+    children = " ".join(path.read_text() for path in Path(f"/proc/{server.process.pid}/task").glob("*/children")).split()
+    return [int(pid) for pid in children if f"/{model}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_a_full_queue_and_processes_that_are_gone(tmp_path: Path) -> None:
+    import tritonclient.http as module
+    from tritonclient.utils import InferenceServerException
+
+    out = tmp_path / "models"
+    assert write(out, "--env", environment(), "--max-batch", 1, "--queue-size", 2, "--no-warmup", "--png-instances", 8).exit_code == 0
+    server = Server(out, tmp_path, environment())
+    client = Client(module, server.http)
+
+    def ask(model: str) -> str:
+        try:
+            client.ask(client.open(), model, class_id=1)
+        except InferenceServerException as error:
+            return str(error.status())
+        return "200"
+
+    def healthy() -> int:
+        probe = Path(__file__).parent.parent / "serving" / "deploy" / "healthy.py"
+        return subprocess.run([environment() / "bin" / "python", probe, server.http], capture_output=True).returncode
+
+    try:
+        for model in ("enat", "enat_png"):
+            with ThreadPoolExecutor(16) as pool:
+                assert set(pool.map(ask, [model] * 32)) == {"200", "503"}, model
+        assert healthy() == 0
+        (pid,) = stubs(server, "enat")
+        os.kill(pid, signal.SIGKILL)
+        assert ask("enat") == "500" and healthy() == 1
+    finally:
+        server.stop()
+    assert healthy() == 1
 
 
 def test_clients_that_go_away(server: Server, grpc: Client, bundled: Pipeline) -> None:

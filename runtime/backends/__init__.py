@@ -35,6 +35,7 @@ BACKENDS = {
 AUTO = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}  # in the order of trying
 # On a CPU; in narrower networks OpenVINO's work between the products outweighs what it gains in them.
 WIDE, WIDE_IN_8_BITS = 384, 256
+MOST_SLOTS = 1024
 # What to install for a kind of device, or for one backend.
 EXTRAS = {"cpu": "cpu", "cuda": "cuda", "openvino": "openvino", "tensorrt": "gpu", "onnxruntime-tensorrt": "gpu"}
 
@@ -106,12 +107,15 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
     most = os.cpu_count() or 1
-    if threads is not None and not 1 <= whole(threads, "a whole number of threads") <= most:
-        raise InputError(f"expected 1 to {most} threads, as this machine's CPU has, got {threads}")
-    if threads is None and kind == "cpu":
+    if threads is not None:
+        threads = whole(threads, "a whole number of threads")
+        if not 1 <= threads <= most:
+            raise InputError(f"expected 1 to {most} threads, as this machine's CPU has, got {threads}")
+    elif kind == "cpu":
         threads = allowed_threads()
-    if whole(slots, "a whole number of slots") < 1:
-        raise InputError(f"expected 1 or more slots, got {slots}")
+    slots = whole(slots, "a whole number of slots")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise InputError(f"expected 1 to {MOST_SLOTS} slots, got {slots}")
     if name != "auto":
         return load_backend(name, kind, manifest, device, threads, slots)
     reasons: list[str] = []

@@ -1,0 +1,24 @@
+"""Whether the processes that draw still answer, which Triton's own health does not tell before 26.01; nor does it start them again.
+
+    python3 healthy.py [SERVER [MODEL]]
+
+Asks for a class that no engine has, which the model refuses without drawing. Exit code 1 where the server or the model's process is gone;
+0 where it answers, or is too busy to answer soon.
+"""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+
+PATIENCE = 8  # seconds
+
+server, model = [*sys.argv[1:], *("127.0.0.1:8000", "enat")[len(sys.argv) - 1 :]]
+body = {"inputs": [{"name": "class_id", "datatype": "INT64", "shape": [1, 1], "data": [-1]}]}
+try:
+    urllib.request.urlopen(f"http://{server}/v2/models/{model}/infer", json.dumps(body).encode(), PATIENCE)
+except urllib.error.HTTPError as error:  # 400 where the model refuses it, 503 where the queue is full
+    if error.code == 500:
+        sys.exit(error.read().decode(errors="replace"))
+except TimeoutError:
+    pass
