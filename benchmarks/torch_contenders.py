@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..export.graphs import DecoderGraph, EncoderGraph, ImageDecoderGraph
-from ..export.verify import reference_sampler
 from ..models.checkpoint import check_match, load_network, load_tokenizer
 from ..models.config import NetworkConfig
 from ..models.network import Network
@@ -104,7 +103,7 @@ class CompiledBackend:
         if graph == "condition":
             return [table[inputs["labels"]] for table in self.tables]
         if graph == "sampler":
-            return reference_sampler(**{**inputs, "keep": torch.tensor(int(inputs["keep"]))})
+            return sampler(**{**inputs, "keep": torch.tensor(int(inputs["keep"]))})
         return [self.graphs[graph](**inputs)]
 
     def first_rows(self, tensor: Tensor, rows: int) -> Tensor:
@@ -146,3 +145,26 @@ def matrix_rate(device: torch.device, size: int = 8192) -> float:
 
     seconds()
     return size**3 / statistics.median(seconds() for _ in range(10))
+
+
+def sampler(
+    logits: Tensor,
+    positions: Tensor,
+    choice_noise: Tensor,
+    confidence_noise: Tensor,
+    guidance: Tensor,
+    sampling_temperature: Tensor,
+    mask_temperature: Tensor,
+    keep: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sampler of docs/ENGINE.md in PyTorch."""
+    batch = len(positions)
+    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
+    logp = (conditional + guidance * (conditional - unconditional)).log_softmax(-1)
+    cumulative = (logp / sampling_temperature).softmax(-1).cumsum(-1)
+    threshold = choice_noise.gather(1, positions)[..., None] * cumulative[..., -1:]
+    tokens = (cumulative <= threshold).sum(-1)
+    confidence = logp.gather(2, tokens[..., None]).squeeze(2) + mask_temperature * confidence_noise.gather(1, positions)
+    order = confidence.argsort(1, descending=True)
+    revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
+    return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)

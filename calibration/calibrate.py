@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,31 @@ def calibrate(
         statistics |= observe(manifest, smoothed, network, trajectories, scratch, progress)
     report(f"calibration: ranges by {settings.method}")
     ranges = {key: METHODS[settings.method](statistic) for key, statistic in statistics.items() if statistic.values}
-    groups = [group for group in groups if (group.graph, group.input) in ranges]
+    groups = reached(groups, ranges)
     harm: dict[str, float] = {}
     if settings.float_layers is None:
         report(f"calibration: sensitivity of {len(groups)} groups of layers")
         harm = sensitivity(manifest, graphs, groups, ranges, settings, trajectories, scratch, progress)
     return Calibration(fingerprint(manifest), settings, {one.group.name: one.values for one in chosen}, ranges, harm)
+
+
+def measure_harm(
+    calibration: Calibration, manifest: Manifest, graphs: Graphs, trajectories: Sequence[Trajectory], scratch: Path, progress: bool = False
+) -> Calibration:
+    """A calibration with the harm of every group, in weights of as many bits as its settings say. graphs: the engine's own."""
+    groups = reached(find_groups(find_products(graphs)), calibration.ranges)
+    smoothed = smooth(graphs, own_factors(calibration, groups), manifest.model)
+    harm = sensitivity(manifest, smoothed, groups, calibration.ranges, calibration.settings, trajectories, scratch, progress)
+    return replace(calibration, harm=harm)
+
+
+def reached(groups: Sequence[Group], ranges: dict[tuple[str, str], float]) -> list[Group]:
+    """The groups whose inputs some run had."""
+    return [group for group in groups if (group.graph, group.input) in ranges]
+
+
+def own_factors(calibration: Calibration, groups: Sequence[Group]) -> list[Factors]:
+    return [Factors(group, calibration.factors[group.name]) for group in groups if group.name in calibration.factors]
 
 
 def observe(
@@ -167,13 +186,13 @@ def named_groups(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
 def quantized_graphs(graphs: Graphs, manifest: Manifest, calibration: Calibration, steps: Sequence[Step]) -> tuple[Graphs, Graphs]:
     """The engine's float32 graphs, smoothed; and from these the quantized ones. steps: of the engine's schedule."""
     settings, every = calibration.settings, find_groups(find_products(graphs))
-    groups = [group for group in every if (group.graph, group.input) in calibration.ranges]
+    groups = reached(every, calibration.ranges)
     if settings.float_layers is None:
         work = {group.name: sum(multiply_adds(product, steps) for product in group.products) for group in groups}
         kept = keep_float(groups, calibration.harm, work)
     else:
         kept = named_groups(every, settings.float_layers)
-    smoothed = smooth(graphs, [Factors(g, calibration.factors[g.name]) for g in every if g.name in calibration.factors], manifest.model)
+    smoothed = smooth(graphs, own_factors(calibration, every), manifest.model)
     result = quantize(smoothed, [group for group in groups if group not in kept], calibration.ranges, settings.weight_bits)
     for model in result.values():
         shuffle_levels(model)
@@ -219,7 +238,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load_calibration(path: Path, manifest: Manifest, settings: Settings, graphs: Graphs) -> Calibration:
-    """Reads a calibration back, for an engine with these settings. graphs: the engine's own.
+    """Reads a calibration back, for an engine with these settings; without the harm where that was measured in weights of other bits.
+    graphs: the engine's own.
 
     Raises InputError where it is none, was made for another engine, or in another way than the settings ask for.
     """
@@ -241,14 +261,15 @@ def load_calibration(path: Path, manifest: Manifest, settings: Settings, graphs:
         raise InputError(f"{path}: made without measuring sensitivity; name the layers to leave in float, or calibrate again")
     groups = {group.name: group for group in find_groups(find_products(graphs))}
     with reading(path):
-        if result.harm and result.harm.keys() != {name for name, group in groups.items() if (group.graph, group.input) in ranges}:
+        if result.harm and result.harm.keys() != {group.name for group in reached(list(groups.values()), ranges)}:
             raise ValueError("its layers are not the engine's")
         for name, values in found.items():
             group = groups[name]
             channels = graphs[group.graph].graph.initializers[f"{group.products[0].name}.weight"].shape
             if not foldable(group) or values.shape != (channels and channels[0],) or not (np.isfinite(values) & (values > 0)).all():
                 raise ValueError(f"factors of {name}")
-    return result
+        same_bits = head["settings"]["weight_bits"] == settings.weight_bits
+    return result if same_bits else replace(result, harm={})
 
 
 def finite(value: object) -> float:

@@ -45,9 +45,11 @@ def factors(graphs: Graphs, group: Group, statistic: Statistic, alpha: float = A
     weights = graphs[group.graph].graph.initializers
     rows = np.max([np.abs(array(weights[f"{product.name}.weight"])).max(1) for product in group.products], axis=0)
     inputs = statistic.channel_max.astype(np.float64)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         logs = alpha * np.log(inputs) - (1 - alpha) * np.log(rows)
     usable = np.isfinite(logs)  # a channel that is never used is left alone
+    if not usable.any():
+        return None
     values = np.ones(len(rows), np.float32)
     values[usable] = np.clip(np.exp(logs[usable] - logs[usable].mean()), 1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return Factors(group, values)

@@ -31,7 +31,7 @@ CHECKPOINT_OPTIONS = {
     "cfg_scale": "--guidance",
     "mask_temp": "--mask-temperature",
     "samp_temp": "--sampling-temperature",
-    "image_encoder": "--no-image-encoder",
+    "image_encoder": "--image-encoder/--no-image-encoder",
 }
 CALIBRATION_OPTIONS = {
     "method": "--calibration-method",
@@ -149,6 +149,8 @@ def main(
     converting = engine is not None and precision != "fp32"
     if engine and checkpoint:
         raise InputError(f"{CHECKPOINT_OPTIONS[next(iter(checkpoint))]} goes with --ckpt; an engine brings its own")
+    if checkpoint.get("image_encoder") and "vqgan" not in checkpoint:
+        raise InputError("--image-encoder goes with --vqgan, which has it")
     if building and not tensorrt:
         raise InputError(f"{TENSORRT_OPTIONS[next(iter(building))]} goes with --tensorrt")
     if engine and not converting and not tensorrt:

@@ -16,6 +16,7 @@ from ..calibration.calibrate import (
     Settings,
     calibrate,
     load_calibration,
+    measure_harm,
     named_groups,
     quantized_graphs,
     save_calibration,
@@ -31,6 +32,7 @@ from ..runtime.files import check_writable, is_inside
 from ..runtime.manifest import FILE, ModelInfo, read_manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import Report, progress_bar
+from ..runtime.schedule import Step
 from .compare import Comparison, compare
 from .directory import check_target, name_leftovers, producer, put_in_place, write_manifest
 from .precision import CONDITION_FLOAT32_OPS, FLOAT32_OPS, LARGEST, out_of_range, to_float16
@@ -40,6 +42,7 @@ FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}
 WATCHED = "onnxruntime"  # the backend whose values inside can be watched
 BATCH = 2  # images at once while values inside are watched
 MAGNITUDE_IMAGES = 16
+LEAST_STEPS, LEAST_GUIDANCE = 4, 1.0
 BETWEEN_GRAPHS = ("features", "visible_features", "encoder_modulation", "decoder_modulation")
 COMPARED_IMAGES = 16
 COMPARED_SEED = 2**32  # far from those of calibration
@@ -82,7 +85,7 @@ def convert_engine(
     settings = settings or Settings()
     check_target(out, force, (source, calibration_file))
     name_leftovers(out, source)
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, verify=True)  # the new engine's hashes would vouch for what is damaged
     if manifest.precision != "fp32":
         raise InputError(f"{source}: its precision is {manifest.precision}, expected fp32: others are made from float32 engines")
     labels = calibration_labels(manifest.model, settings)
@@ -121,6 +124,14 @@ def convert_engine(
     return comparison
 
 
+def learning_schedule(reference: Pipeline) -> list[Step]:
+    """The steps of the runs to learn from: the engine's own, but guided ones and several, since others may be asked for, and what no run
+    reaches is not known."""
+    own = reference.manifest.sampling
+    steps = min(max(own.steps, LEAST_STEPS), reference.manifest.model.length)
+    return reference.schedule(steps=steps, guidance=own.cfg_scale or LEAST_GUIDANCE)
+
+
 def calibration_labels(model: ModelInfo, settings: Settings) -> list[int]:
     """The classes of the pictures to learn from, in an order in which the first few are spread over all too. Raises InputError."""
     classes = parse_classes(model, settings.classes) if settings.classes else None
@@ -150,6 +161,7 @@ def changed_graphs(
     """The graphs in another precision, and what the manifest says of how they came about."""
     manifest = reference.manifest
     trajectories: list[Trajectory] = []
+    steps = learning_schedule(reference)
 
     def runs(images: int) -> list[Trajectory]:
         """The first of the engine's own runs."""
@@ -157,7 +169,7 @@ def changed_graphs(
         if drawn < images:
             report(f"drawing {images - drawn} images to learn from")
             with progress_bar(images - drawn, "image", progress) as bar:
-                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, advance=bar.update))
+                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, steps, bar.update))
         return trajectories
 
     section: dict[str, Any] = {}
@@ -166,6 +178,9 @@ def changed_graphs(
         if calibration_file and calibration_file.exists():
             calibration = load_calibration(calibration_file, manifest, settings, graphs)
             report(f"calibration read from {calibration_file}")
+            if settings.float_layers is None and not calibration.harm:
+                report(f"calibration: sensitivity with weights of {settings.weight_bits} bits")
+                calibration = measure_harm(calibration, manifest, graphs, runs(settings.images), scratch, progress)
         else:
             calibration = calibrate(manifest, graphs, runs(settings.images), settings, scratch, report, progress)
             if calibration_file:

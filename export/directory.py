@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, InputError, reason
+from ..runtime.builds import FOLDER
 from ..runtime.files import check_writable, is_inside, replace_folder
 from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
 
@@ -34,6 +36,8 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
     """Raises InputError where `out` exists and may not be replaced, or cannot be made. reads: what the work needs, which must not go with
     what was there.
     """
+    if out.name == "..":
+        raise InputError(f"{out}: expected a folder by its own name")
     if out.is_symlink():
         raise InputError(f"{out}: is a link, to {out.resolve()}; name what it leads to")
     if out.exists() and not out.is_dir():
@@ -50,7 +54,26 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
         for path in filter(None, reads):
             if is_inside(path, out):
                 raise InputError(f"{path}: lies in {out}, which would be replaced; choose another folder for the engine")
+        if others := foreign_files(out):
+            shown = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+            raise InputError(f"{out}: holds what is no part of the engine ({shown}); it is not replaced, remove that yourself")
+    holder = next((folder for folder in out.absolute().parents if (folder / FILE).is_file()), None)
+    if holder:
+        raise InputError(f"{out}: lies in {holder}, which is an engine; choose a folder outside")
     check_writable(out)
+
+
+def foreign_files(engine: Path) -> list[str]:
+    """What lies in an engine's folder and neither its files nor its builds list, but for builds that were cut off; nothing where its
+    manifest cannot be read."""
+    try:
+        manifest = json.loads((engine / FILE).read_bytes())
+        builds = [name for build in manifest.get("builds", ()) for name in build["files"]]
+        listed = {FILE, *manifest["files"], *builds}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    found = sorted(path.relative_to(engine).as_posix() for path in engine.rglob("*") if not path.is_dir())
+    return [name for name in found if name not in listed and not name.startswith(f"{FOLDER}/")]
 
 
 KINDS = ("partial", "old", "float32")  # a new engine, the one that was there, the one that a new one is made from
@@ -87,6 +110,8 @@ def put_in_place(out: Path, force: bool) -> Iterator[Path]:
             check_target(out, force)
             replace_folder(out, partial, old)
         except OSError as error:
+            if error.filename and not is_inside(Path(error.filename), partial):
+                raise
             raise ExportError(f"{out}: not written: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

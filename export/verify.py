@@ -11,13 +11,14 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from ..calibration.trajectory import log_softmax
 from ..errors import ExportError
 from ..models.config import NetworkConfig
 from ..runtime.cores import allowed_threads
 
 FLOAT_TOLERANCE = 1e-4  # of the largest value that PyTorch gives, or of 1
 UINT8_SHARE = 1e-2  # of pixels that may be rounded the other way
-TOKEN_SHARE = 1e-3  # of tokens that may differ, where two codes are equally near
+TOKEN_SHARE = 1e-3  # of the image encoder's tokens that may differ, where two codes are equally near
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,90 @@ class Check:
 Inputs = dict[str, Tensor]
 
 
-def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]], cases: Iterator[Inputs]) -> Check:
-    """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
+def run_cases(path: Path, cases: Iterator[Inputs]) -> Iterator[tuple[Inputs, dict[str, np.ndarray]]]:
+    """Every case, and what a graph makes of it."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = allowed_threads() or 0
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    worst, count = 0.0, 0
+    names = [output.name for output in session.get_outputs()]
     for inputs in cases:
+        yield inputs, dict(zip(names, session.run(None, {name: value.numpy() for name, value in inputs.items()}), strict=True))
+
+
+def shapes_of(inputs: Inputs) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
+
+
+def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]], cases: Iterator[Inputs]) -> Check:
+    """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
+    worst, count = 0.0, 0
+    for inputs, found in run_cases(path, cases):
         with torch.inference_mode():
             expected = reference(**inputs)
-        expected = [expected] if isinstance(expected, Tensor) else expected
-        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        for output, value, wanted in zip(session.get_outputs(), found, expected, strict=True):
+        for (name, value), wanted in zip(found.items(), [expected] if isinstance(expected, Tensor) else expected, strict=True):
             error, limit = difference(value, wanted.numpy())
             if not error <= limit:
-                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
                 raise ExportError(
-                    f"{path.name}: {output.name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes})"
+                    f"{path.name}: {name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes_of(inputs)})"
                 )
             worst = max(worst, error)
         count += 1
     return Check(path.stem, count, worst)
+
+
+def check_sampler(path: Path, cases: Iterator[Inputs]) -> Check:
+    """Runs the sampler on every case. Raises ExportError where it chooses what its rule does not allow, but for rounding.
+
+    Not by equality: one choice that is rounded the other way moves all that is ordered by confidence behind it.
+    """
+    worst, count = 0.0, 0
+    for inputs, found in run_cases(path, cases):
+        error = sampler_error({name: value.numpy() for name, value in inputs.items()}, found)
+        if not error <= FLOAT_TOLERANCE:
+            raise ExportError(
+                f"{path.name}: departs from its rule by {error:.2e}, expected at most {FLOAT_TOLERANCE:.0e} ({shapes_of(inputs)})"
+            )
+        worst = max(worst, error)
+        count += 1
+    return Check(path.stem, count, worst)
+
+
+def sampler_error(inputs: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> float:
+    """By how much the sampler's outputs miss docs/ENGINE.md's rule, computed in float64: the probability that lies between the noise and
+    what a token stands for, or the confidence that a token which is revealed lacks. Infinite where tokens and positions do not fit
+    together.
+    """
+    positions, keep = inputs["positions"], int(inputs["keep"])
+    batch, masked = positions.shape
+    tokens, masked_positions = found["tokens"], found["masked_positions"]
+    revealed_tokens, revealed_positions = found["revealed_tokens"], found["revealed_positions"]
+    shapes = (tokens.shape, masked_positions.shape, revealed_tokens.shape, revealed_positions.shape)
+    if shapes != ((batch, masked), (batch, keep), *2 * ((batch, masked - keep),)):
+        return np.inf
+    logits = inputs["logits"].astype(np.float64)
+    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
+    logp = log_softmax(conditional + float(inputs["guidance"]) * (conditional - unconditional))
+    if tokens.min() < 0 or tokens.max() >= logp.shape[2]:
+        return np.inf
+    upper = np.exp(log_softmax(logp / float(inputs["sampling_temperature"]))).cumsum(-1)
+    lower = np.concatenate((np.zeros_like(upper[..., :1]), upper[..., :-1]), -1)
+    noise = np.take_along_axis(inputs["choice_noise"].astype(np.float64), positions, 1)
+
+    def of_tokens(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, tokens[..., None], 2)[..., 0]
+
+    error = float(np.maximum(of_tokens(lower) - noise, noise - of_tokens(upper)).max(initial=0))
+    confidence = of_tokens(logp) + float(inputs["mask_temperature"]) * np.take_along_axis(inputs["confidence_noise"], positions, 1)
+    for row in range(batch):
+        place = {int(position): i for i, position in enumerate(positions[row])}
+        where = [place.get(int(position), -1) for position in (*revealed_positions[row], *masked_positions[row])]
+        if sorted(where) != list(range(masked)) or not np.array_equal(tokens[row][where[: masked - keep]], revealed_tokens[row]):
+            return np.inf
+        if 0 < keep < masked:
+            lacks = confidence[row][where[masked - keep :]].max() - confidence[row][where[: masked - keep]].min()
+            error = max(error, float(lacks) / max(1.0, float(np.abs(confidence[row]).max())))
+    return error
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
@@ -159,26 +222,3 @@ def image_encoder_cases(image_size: int, batches: Sequence[int] = (1, 2)) -> Ite
     rng = generator()
     for batch in batches:
         yield {"images": torch.randint(256, (batch, image_size, image_size, 3), dtype=torch.uint8, generator=rng)}
-
-
-def reference_sampler(
-    logits: Tensor,
-    positions: Tensor,
-    choice_noise: Tensor,
-    confidence_noise: Tensor,
-    guidance: Tensor,
-    sampling_temperature: Tensor,
-    mask_temperature: Tensor,
-    keep: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sampler in PyTorch, to verify the graph against."""
-    batch = len(positions)
-    conditional, unconditional = logits[:batch], logits[len(logits) - batch :]
-    logp = (conditional + guidance * (conditional - unconditional)).log_softmax(-1)
-    cumulative = (logp / sampling_temperature).softmax(-1).cumsum(-1)
-    threshold = choice_noise.gather(1, positions)[..., None] * cumulative[..., -1:]
-    tokens = (cumulative <= threshold).sum(-1)
-    confidence = logp.gather(2, tokens[..., None]).squeeze(2) + mask_temperature * confidence_noise.gather(1, positions)
-    order = confidence.argsort(1, descending=True)
-    revealed, kept = order.split([positions.shape[1] - int(keep), int(keep)], dim=1)
-    return tokens, tokens.gather(1, revealed), positions.gather(1, revealed), positions.gather(1, kept)

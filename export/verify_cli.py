@@ -94,17 +94,18 @@ def main(
         result = compare(mine, reference, images, seed, labels, batch_size, keep_pictures=sheet_file is not None, progress=True)
         layers: dict[str, float] = {}
         if plot:
-            layers = layer_errors(mine, reference, seed, labels, plot.absolute().parent)
-            draw_plot(result, layers, plot, title)
-        if sheet_file:
-            assert result.pictures is not None
-            save_image(side_by_side(*result.pictures), sheet_file, {"engine": str(engine), "against": str(against), "seed": seed})
+            layers = layer_errors(mine, reference, seed, labels, next(folder for folder in plot.absolute().parents if folder.exists()))
     missed = misses(result, max_divergence, min_top1, min_psnr)
     if as_json:
         what = {"engine": str(engine), "backend": mine.backend.name, "against": str(against)}
         click.echo(json.dumps({**what, **result.summary(), "layers": layers, "missed": missed}))
     else:
         click.echo(report(result, title))
+    if plot:
+        draw_plot(result, layers, plot, title)
+    if sheet_file:
+        assert result.pictures is not None
+        save_image(side_by_side(*result.pictures), sheet_file, {"engine": str(engine), "against": str(against), "seed": seed})
     if missed:
         raise ExportError("; ".join(missed))
 
@@ -164,7 +165,7 @@ def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: s
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(max(9.0, len(layers) * 0.14), 8), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     steps = np.arange(len(result.positions))
     axes[0].plot(steps, result.step_divergence, "o-", label="divergence of the guided logits (nats)")
     axes[0].plot(steps, 1 - result.step_top1, "s-", label="share of other most likely tokens")
@@ -173,7 +174,7 @@ def draw_plot(result: Comparison, layers: dict[str, float], path: Path, title: s
     axes[0].grid(alpha=0.3)
     axes[0].legend()
     axes[1].bar(range(len(layers)), list(layers.values()))
-    axes[1].set(ylabel="relative error of the layer's output")
+    axes[1].set(ylabel="relative error of the layer's output", title="by layer, on ONNX Runtime")
     axes[1].set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=6)
     axes[1].grid(alpha=0.3, axis="y")
     with WholeFile(path) as partial:

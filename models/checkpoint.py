@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -37,24 +38,57 @@ def read_state_dict(path: Path, unused: str | None = None) -> StateDict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols, of files that are refused anyway
+                check_records(path)
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: not loaded, it is damaged or holds more than tensors (loading it could run code); "
             "expected a plain state dict saved with torch.save, or a .safetensors file"
         ) from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read: no permission") from error
     except Exception as error:  # torch, zipfile and safetensors each have their own for a damaged file
+        if "can't allocate memory" in str(error):
+            raise MemoryError from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint, truncated or of another format ({reason})") from error
     found = bare(unwrapped(state, path))
     return float32({key: value for key, value in found.items() if unused is None or not key.startswith(unused)}, path)
+
+
+def is_safetensors(path: Path) -> bool:
+    """By how it begins, whatever its name: the length of a header, little-endian, and the header, JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size)
+
+
+def check_records(path: Path) -> None:
+    """Raises BadZipFile where values are not those that were saved, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size]
+        damaged = [record.filename for record in records if not is_whole(archive, record)]
+    if damaged and len(damaged) < len(records):  # all of them: torch.save was told to write no checksums
+        raise zipfile.BadZipFile(f"the checksum of {damaged[0]} is another: the file is damaged")
+
+
+def is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(record) as file:
+            while file.read(1 << 24):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def is_state_dict(found: object) -> bool:
@@ -97,7 +131,8 @@ def float32(state: StateDict, path: Path) -> StateDict:
     """The tensors in float32. Raises CheckpointError for what is no table of real numbers, all of them finite."""
     result = {}
     for key, value in state.items():
-        if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+        counter = value.dim() == 0 and value.dtype == torch.int64  # of a training: no weight is one, so that its name is told
+        if value.layout is not torch.strided or value.is_meta or not (value.is_floating_point() or counter):
             kind = (
                 "no values"
                 if value.is_meta
@@ -120,7 +155,7 @@ def shape_of(state: StateDict, key: str, rank: int, path: Path, kind: str) -> to
 
 def count(state: StateDict, pattern: str) -> int:
     """How many consecutive numbers from 0 fill the group of `pattern` in the keys."""
-    found = {int(match[1]) for key in state if (match := re.match(pattern, key))}
+    found = {int(match[1]) for key in state if (match := re.match(pattern, key)) and len(match[1]) < 10}
     return next(i for i in range(len(found) + 1) if i not in found)
 
 
@@ -139,6 +174,14 @@ def network_config(
     grid = round(length**0.5)
     if grid**2 != length:
         raise CheckpointError(f"{path}: expected a square number of positions, found {length}")
+    for name, found, least in (
+        ("positions", length, 4),
+        ("rows of words", words, 2),
+        ("rows of classes", classes, 2),
+        ("blocks", blocks, 2),
+    ):
+        if found < least:
+            raise CheckpointError(f"{path}: not {kind}: expected {least} {name} or more, found {found}")
     if preset:
         wanted = preset.config
         sizes = {
@@ -225,8 +268,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """An image tokenizer from a checkpoint, float32, ready for inference. Raises CheckpointError."""
     state = read_state_dict(path, TRAINING)
     config = tokenizer_config(state, path)
-    if config.encoder_blocks < 1 or config.decoder_blocks < 1 or any(width % 32 for width in config.channels):
-        raise CheckpointError(f"{path}: not a VQGAN of MaskGIT's kind: widths {list(config.channels)} (expected multiples of 32)")
+    kind = "not a VQGAN of MaskGIT's kind"
+    if config.encoder_blocks < 1 or config.decoder_blocks < 1:
+        raise CheckpointError(f"{path}: {kind}: {config.encoder_blocks} blocks a level encode and {config.decoder_blocks} decode")
+    if any(width % 32 for width in config.channels):
+        raise CheckpointError(f"{path}: {kind}: widths {list(config.channels)}, expected multiples of 32")
     with torch.device("meta"):
         model = Tokenizer(config)
     fill(model, state, path)

@@ -45,7 +45,9 @@ class WholeFile:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
         return self.partial
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, OSError) and error.filename in (None, str(self.partial)):
+            error.filename = str(self.path)  # for the message
         if kind is None:
             try:
                 self.partial.replace(self.path)

@@ -19,6 +19,7 @@ from enat.calibration.calibrate import (
     Settings,
     calibrate,
     load_calibration,
+    measure_harm,
     named_groups,
     quantized_graphs,
     save_calibration,
@@ -417,20 +418,37 @@ def test_a_calibration_of_another_engine(
         load_calibration(file, pipe.manifest, SETTINGS, graphs)
 
 
-def test_layers_that_no_run_reaches_stay_in_float(engine_copy: Path, tmp_path: Path) -> None:
-    """With one step by default nothing is ever encoded; asked for more steps, the engine must not have guessed."""
+def test_what_the_engine_s_own_settings_do_not_reach_is_learned_too(engine_copy: Path, tmp_path: Path) -> None:
+    """With one step by default nothing is ever encoded, and without guidance there is no null class; but others may be asked for."""
     content = json.loads((engine_copy / FILE).read_text())
-    content["sampling"]["steps"] = 1
+    content["sampling"] |= {"steps": 1, "cfg_scale": 0}
     write_manifest(engine_copy, content)
-    convert_engine(engine_copy, tmp_path / "int8", Precision("int8"), Settings(images=8))
-    with Pipeline.load(tmp_path / "int8") as engine, Pipeline.load(engine_copy) as reference:
-        products = find_products(load_graphs(engine.manifest))
-        assert {product.quantized for product in products if product.graph == "encoder"} == {False}
-        assert any(product.quantized for product in products if product.graph == "decoder")
-        (one,) = record(reference, [1, 2], SEED, 2, reference.schedule(steps=4))
-        both = (own_logits(pipe, one) for pipe in (engine, reference))
-        assert max(divergence(found, expected).mean() for found, expected in zip(*both, strict=True)) < 0.01
-        assert layer_errors(engine, reference).keys() <= {product.name for product in products if product.graph == "decoder"}
+    for kind in ("int8", "fp16"):
+        convert_engine(engine_copy, tmp_path / kind, Precision(kind), Settings(images=8))
+        with Pipeline.load(tmp_path / kind) as engine, Pipeline.load(engine_copy) as reference:
+            products = find_products(load_graphs(engine.manifest))
+            assert any(product.quantized for product in products if product.graph == "encoder") == (kind == "int8")
+            (one,) = record(reference, [1, 2], SEED, 2, reference.schedule(steps=6, guidance=2))
+            both = (own_logits(pipe, one) for pipe in (engine, reference))
+            assert max(divergence(found, expected).mean() for found, expected in zip(*both, strict=True)) < 0.01
+            assert layer_errors(engine, reference).keys() <= {product.name for product in products if product.graph == "decoder"}
+
+
+def test_harm_is_measured_again_with_weights_of_other_bits(
+    pipe: Pipeline, graphs: Graphs, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    chosen = dataclasses.replace(SETTINGS, float_layers=None)
+    saved = calibrate(pipe.manifest, graphs, trajectories, chosen, tmp_path)
+    save_calibration(saved, tmp_path / "calibration.npz")
+    seven = dataclasses.replace(chosen, weight_bits=7)
+    read = load_calibration(tmp_path / "calibration.npz", pipe.manifest, seven, graphs)
+    assert saved.harm and not read.harm
+    assert (
+        measure_harm(read, pipe.manifest, graphs, trajectories, tmp_path).harm
+        == calibrate(pipe.manifest, graphs, trajectories, seven, tmp_path).harm
+    )
+    again = load_calibration(tmp_path / "calibration.npz", pipe.manifest, chosen, graphs)
+    assert again.harm == saved.harm == measure_harm(again, pipe.manifest, graphs, trajectories, tmp_path).harm
 
 
 def test_labels_are_spread(pipe: Pipeline) -> None:

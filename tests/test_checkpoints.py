@@ -33,6 +33,25 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
         case "truncated":
             path.write_bytes(TINY.ckpt.read_bytes()[:100_000])
             return path, "truncated"
+        case "damaged":
+            data = bytearray(TINY.ckpt.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+            return path, "the file is damaged"
+        case "a counter among them":
+            torch.save({**state, "step": torch.tensor(3)}, path)
+            return path, "1 unknown (step)"
+        case "one position":
+            torch.save({**state, "x_embedder.position_embeddings.weight": torch.zeros(1, 48)}, path)
+            return path, "expected 4 positions or more, found 1"
+        case "no class":
+            torch.save({**state, "y_embedder.embedding_table.weight": torch.zeros(1, 48)}, path)
+            return path, "expected 2 rows of classes or more, found 1"
+        case "no blocks":
+            torch.save(
+                {key: value for key, value in state.items() if "blocks." not in key} | {f"blocks.{'9' * 5000}.x": torch.ones(1)}, path
+            )
+            return path, "expected 2 blocks or more, found 0"
         case "empty":
             path.write_bytes(b"")
             return path, "not"
@@ -83,7 +102,8 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
 
 
 KINDS = (
-    "missing", "truncated", "empty", "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers",
+    "missing", "truncated", "damaged", "a counter among them", "one position", "no class", "no blocks", "empty",
+    "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers",
     "complex numbers", "sparse", "too large", "another model", "missing keys", "unknown keys", "a wrong shape", "not finite",
 )  # fmt: skip
 
@@ -146,6 +166,22 @@ def test_checkpoints_as_trainings_write_them(tmp_path: Path, how: str) -> None:
     assert found.keys() == state.keys()
     for key, value in found.items():
         assert value.dtype == torch.float32 and torch.allclose(value, state[key], rtol=0.1, atol=0.01), key
+
+
+def test_files_by_what_they_are(tmp_path: Path) -> None:
+    """Safetensors of another name, and what was saved without checksums."""
+    from safetensors.torch import save_file
+
+    state = read_state_dict(TINY.ckpt)
+    save_file(state, tmp_path / "net.pth")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "unchecked.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("net.pth", "unchecked.pth"):
+        found = read_state_dict(tmp_path / name)
+        assert all(torch.equal(value, state[key]) for key, value in found.items()) and found.keys() == state.keys()
 
 
 def test_a_preset_is_of_its_sizes(tmp_path: Path) -> None:

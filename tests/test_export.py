@@ -123,6 +123,12 @@ def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: 
     refused(export(*smallest, "--out", engine_copy), "engine: exists; --force replaces it")
     assert export(*smallest, "--out", engine_copy, "--force").exit_code == 0
     assert not (engine_copy / "image_decoder.onnx").exists()
+    (engine_copy / "notes").mkdir()
+    (engine_copy / "notes" / "thesis.txt").write_text("years of work")
+    refused(export(*smallest, "--out", engine_copy, "--force"), "holds what is no part of the engine (notes/thesis.txt)")
+    refused(export(*smallest, "--out", engine_copy / "notes" / "inner"), f"lies in {engine_copy}, which is an engine")
+    refused(export(*smallest, "--out", tmp_path / "new" / ".."), "expected a folder by its own name")
+    assert (engine_copy / "notes" / "thesis.txt").exists() and not (tmp_path / "new").exists()
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.txt").write_text("years of work")
@@ -233,11 +239,40 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
 ) -> None:
     from enat.export import verify
 
-    right = verify.reference_sampler
-    monkeypatch.setattr(verify, "reference_sampler", lambda **inputs: right(**{**inputs, "guidance": inputs["guidance"] + 1}))
+    right = verify.log_softmax
+    monkeypatch.setattr(verify, "log_softmax", lambda logits: right(1.1 * logits))
     result = export(*smallest, "--out", tmp_path / "engine")
-    refused(result, "sampler.onnx", "differs from PyTorch", code=1)
+    refused(result, "sampler.onnx: departs from its rule by ", "expected at most 1e-04", code=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("grid", "codes"), [(2, 2), (8, 512), (16, 8192), (32, 1024)])
+def test_samplers_of_any_size_keep_their_rule(tmp_path: Path, grid: int, codes: int) -> None:
+    """Many codes, whose cumulative sums are rounded in many places; and what departs from the rule is found."""
+    from enat.export import verify
+    from enat.export.tables import sampler_graph
+    from enat.graph_file import save
+    from enat.models.config import NetworkConfig
+
+    save(sampler_graph(grid**2, codes), tmp_path / "sampler.onnx")
+    config = NetworkConfig(grid, 8, 1, 1, 1, codes, 3)
+    assert verify.check_sampler(tmp_path / "sampler.onnx", verify.sampler_cases(config)).largest_error < 1e-4
+    (tensors, found), *_ = verify.run_cases(tmp_path / "sampler.onnx", verify.sampler_cases(config))
+    inputs = {name: value.numpy() for name, value in tensors.items()}
+    assert verify.sampler_error(inputs, found) < 1e-4
+    for changed in (
+        {"tokens": (found["tokens"] + 1) % codes},
+        {"tokens": found["tokens"] + codes},
+        {"revealed_tokens": (found["revealed_tokens"] + 1) % codes},
+        {"revealed_positions": found["masked_positions"][:, :2]},
+        {
+            "revealed_positions": found["masked_positions"][:, :2],
+            "masked_positions": np.hstack((found["revealed_positions"], found["masked_positions"][:, 2:])),
+        },
+        {"masked_positions": found["masked_positions"][:, 1:]},
+    ):
+        assert verify.sampler_error(inputs, {**found, **changed}) > 1e-3, list(changed)
+    assert verify.sampler_error(inputs, {**found, "masked_positions": found["masked_positions"][:, ::-1]}) < 1e-4  # in any order
 
 
 @pytest.mark.parametrize(
@@ -249,6 +284,7 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
         (["--preset", "enat-l-256"], ["its grid is 8, the preset's 16"]),
         (["--preset", "enat-s"], ["enat-s"]),
         ([*SPLIT, "--steps", "65"], ["1 to 64 steps, got 65"]),
+        ([*SPLIT, "--image-encoder"], ["--image-encoder goes with --vqgan"]),
         ([*SPLIT, "--guidance", "-1"], ["guidance of 0 to 1e6, got -1.0"]),
         ([*SPLIT, "--vqgan", str(DATA / "odd" / "vqgan.ckpt")], ["256 codes but the tokenizer has 128"]),
         ([*SPLIT, "--vqgan", str(TINY.ckpt)], ["not a VQGAN"]),

@@ -162,6 +162,27 @@ def test_features_that_overflow_are_refused(engine_copy: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
+def test_features_that_overflow_with_other_settings_are_refused(engine_copy: Path, tmp_path: Path) -> None:
+    """Those that one step without guidance, the engine's own, does not reach."""
+    exploding(engine_copy, "prev_proj.mlp.fc2", 1e8, None)
+    content = json.loads((engine_copy / FILE).read_text())
+    content["sampling"] |= {"steps": 1, "cfg_scale": 0}
+    write_manifest(engine_copy, content)
+    refused(invoke(export_main, "--engine", engine_copy, "--precision", "fp16", "--out", tmp_path / "fp16"), "too much for float16", code=1)
+
+
+def test_a_damaged_engine_gets_no_new_hashes(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file whose size alone is looked at when an engine is loaded."""
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 1000)
+    file = engine_copy / "decoder.onnx"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    read_manifest(engine_copy)
+    result = invoke(export_main, "--engine", engine_copy, "--precision", "fp16", "--out", tmp_path / "fp16")
+    refused(result, f"{file}: sha256 ", "the file was altered")
+
+
 def test_a_class_whose_modulation_overflows_is_found(engine_copy: Path, tmp_path: Path) -> None:
     """Among many classes that no picture of the calibration was of."""
     model = load_graphs(read_manifest(engine_copy), ("condition",))["condition"]

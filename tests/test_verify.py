@@ -64,7 +64,7 @@ def test_a_comparison_sees_what_was_changed(bundled: Pipeline, tmp_path: Path) -
 
 
 def test_enat_verify(int8: Path, tmp_path: Path) -> None:
-    files = tmp_path / "sheet.png", tmp_path / "plot.png"
+    files = tmp_path / "new" / "sheet.png", tmp_path / "another" / "plot.png"
     result = invoke(
         verify_main, int8, "--against", BUNDLED_ENGINE, "--images", 14, "--seed", 5, "--json", "--sheet", files[0], "--plot", files[1]
     )
