@@ -13,7 +13,7 @@ import click
 from .. import __version__
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS
-from ..runtime.command import Command, needs, parse_numbers
+from ..runtime.command import Command, Source, Target, needs, parse_numbers
 from ..runtime.cores import allowed_threads, machine_cores
 from ..runtime.files import check_writable
 from ..runtime.pipeline import Pipeline
@@ -29,7 +29,7 @@ MOST_AT_ONCE = 65_536  # pictures
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--engine", "engines", type=click.Path(path_type=Path), multiple=True, help="May be repeated; default: the bundled one.")
+@click.option("--engine", "engines", type=Source(), multiple=True, help="May be repeated; default: the bundled one.")
 @click.option(
     "--backend",
     "backends",
@@ -49,7 +49,7 @@ MOST_AT_ONCE = 65_536  # pictures
 @click.option("--compare", "compared", type=click.Choice(COMPARED), multiple=True, help="With PyTorch in the same run; may be repeated.")
 @click.option("--ckpt", type=click.Path(exists=True, path_type=Path), help="The checkpoint that the engine was exported from.")
 @click.option("--vqgan", type=click.Path(exists=True, path_type=Path), help="Its image tokenizer.")
-@click.option("--plot", type=click.Path(path_type=Path), help=f"Chart to write: {', '.join(PLOTS)} (needs matplotlib).")
+@click.option("--plot", type=Target(), help=f"Chart to write: {', '.join(PLOTS)} (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def main(
     engines: tuple[Path, ...],
@@ -76,6 +76,8 @@ def main(
         raise InputError(f"expected 0 or more warm-ups and 1 or more repeats, got {warmup} and {repeats}")
     if bool(compared) != bool(ckpt):
         raise InputError(f"--compare runs the checkpoint in PyTorch; expected {'--ckpt' if compared else '--compare'} too")
+    if vqgan and not compared:
+        raise InputError("--vqgan is what --compare decodes pictures with; expected --compare too")
     if compared and not tokens and not vqgan:
         raise InputError("--compare decodes pictures in PyTorch too; expected --vqgan, or --tokens to leave decoding out")
     if plot:
@@ -92,7 +94,7 @@ def main(
     first = pipes[0].pipeline
     cases = [
         Case(batch, steps, not tokens)
-        for steps in parse_numbers("--steps", steps_text) or (first.manifest.sampling.steps,)
+        for steps in dict.fromkeys(parse_numbers("--steps", steps_text)) or (first.manifest.sampling.steps,)
         for batch in batches
     ]
     sizes = [replace(one.pipeline.manifest.model, class_names=None) for one in pipes]

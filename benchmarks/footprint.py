@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,8 +36,11 @@ def footprint(engine: Path, backend: str, device: str, threads: int | None, case
     Raises BackendError where the process fails, with what it said.
     """
     asked = {"engine": str(engine), "backend": backend, "device": device, "threads": threads, "case": asdict(case)}
+    # With this process's modules, wherever they are, and not with what the working directory has of the same name.
+    path = os.pathsep.join(one or str(Path.cwd()) for one in sys.path)
+    command = [sys.executable, "-P", "-m", __name__, json.dumps(asked)]
     for _ in range(2):
-        found = subprocess.run([sys.executable, "-m", __name__, json.dumps(asked)], capture_output=True, text=True)
+        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
         if found.returncode:
             raise BackendError(f"a process that loads {engine} failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return Footprint(**json.loads(found.stdout.splitlines()[-1]))

@@ -80,6 +80,11 @@ def size(count: int | None) -> str:
     return "?" if count is None else f"{count / 1e9:.2f} GB"
 
 
+def plain(text: str) -> str:
+    """Without what no font has: bytes of paths that are no UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
 def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], heading: str, path: Path) -> None:
     """Pictures a second of every contender, and where engines spend a picture's time; a colour a case, a colour a graph."""
     import matplotlib
@@ -93,7 +98,7 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
     figure, (speed, parts) = plt.subplots(
         2, 1, figsize=(10, 1.6 + sum(heights)), layout="constrained", gridspec_kw={"height_ratios": heights}
     )
-    figure.suptitle(heading, fontsize=9)
+    figure.suptitle(plain(heading), fontsize=9, parse_math=False)
     bar = 0.8 / len(cases)
     for number, case in enumerate(cases):
         places = [i + number * bar for i in range(len(names))]
@@ -101,7 +106,7 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
         base = next((one for one in case if one.name in compared), None)
         labels = [f"{one.rate:.3g}" + (f"  ({one.times_faster(base):.2f}×)" if base and one is not base else "") for one in case]
         speed.bar_label(drawn, labels, padding=3, fontsize=8)
-    speed.set_yticks([i + bar * (len(cases) - 1) / 2 for i in range(len(names))], names, fontsize=8)
+    speed.set_yticks([i + bar * (len(cases) - 1) / 2 for i in range(len(names))], list(map(plain, names)), fontsize=8, parse_math=False)
     speed.set(xlabel="pictures a second" + (f" (× {compared[0]})" if compared else ""))
     speed.margins(x=0.18)
     speed.invert_yaxis()
@@ -113,7 +118,7 @@ def draw_chart(cases: Sequence[Sequence[Measurement]], compared: Sequence[str], 
         if any(widths):
             parts.barh(range(len(engines)), widths, left=left, height=0.7, label=graph.replace("_", " "))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    parts.set_yticks(range(len(engines)), rows, fontsize=8)
+    parts.set_yticks(range(len(engines)), list(map(plain, rows)), fontsize=8, parse_math=False)
     parts.set(xlabel="milliseconds a picture")
     parts.invert_yaxis()
     parts.legend(**LEGEND)

@@ -19,7 +19,7 @@ LEAST_LIMIT = 2.0**-60  # of a histogram; what is smaller counts as nothing
 class Statistic:
     """Streamed: the largest magnitude of every channel, and a histogram of magnitudes whose range doubles when it is exceeded.
 
-    Memory does not grow with what is added, and the result does not depend on how it was cut into chunks.
+    Memory does not grow with what is added. How it was cut into chunks changes nothing but the bins of values at their edges.
     """
 
     def __init__(self) -> None:

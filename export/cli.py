@@ -14,7 +14,7 @@ import click
 from ..calibration.statistics import METHODS
 from ..errors import InputError
 from ..models.presets import PRESETS
-from ..runtime.command import Command, Target, needs, parse_numbers
+from ..runtime.command import Command, Source, Target, needs, parse_numbers
 from ..runtime.manifest import ModelInfo, read_manifest
 from ..runtime.schedule import check_steps
 from .directory import beside, check_target
@@ -58,9 +58,9 @@ TENSORRT_OPTIONS = {
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--ckpt", type=click.Path(path_type=Path), help="The network: .pth, .ckpt or .safetensors.")
-@click.option("--vqgan", type=click.Path(path_type=Path), help="The image tokenizer; without it the engine gives tokens only.")
-@click.option("--engine", type=click.Path(path_type=Path), help="In place of --ckpt: an engine, to be made in another precision or built.")
+@click.option("--ckpt", type=Source(), help="The network: .pth, .ckpt or .safetensors.")
+@click.option("--vqgan", type=Source(), help="The image tokenizer; without it the engine gives tokens only.")
+@click.option("--engine", type=Source(), help="In place of --ckpt: an engine, to be made in another precision or built.")
 @click.option("--out", type=Target(), help="The engine directory to write; a TensorRT build goes into its engine.")
 @click.option(
     "--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Split, sampling defaults and class names of a published model."
@@ -92,7 +92,7 @@ TENSORRT_OPTIONS = {
 @click.option(
     "--calibration",
     "calibration_file",
-    type=click.Path(path_type=Path),
+    type=Source(),
     help="File of the calibration: read where it exists, else written.",
 )
 @click.option("--tensorrt", is_flag=True, help="Build the engine for TensorRT on this machine's GPU.")
@@ -111,8 +111,8 @@ TENSORRT_OPTIONS = {
 @click.option("--version-compatible", is_flag=True, default=None, help="The build serves later TensorRT of the same major version too.")
 @click.option("--tf32", is_flag=True, default=None, help="Let float32 products of the build round their factors to 10 bits.")
 @click.option("--build-level", "level", type=int, help="TensorRT's optimization level, 0 to 5; default: 3.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="File that makes later builds faster: read and written.")
-@click.option("--refit", type=click.Path(path_type=Path), help="Engine whose refittable build gets the new weights, in place of a build.")
+@click.option("--timing-cache", type=Source(), help="File that makes later builds faster: read and written.")
+@click.option("--refit", type=Source(), help="Engine whose refittable build gets the new weights, in place of a build.")
 @click.option("--device", help="GPU to build on and for; default: cuda:0.")
 @click.option("--force", is_flag=True, help="Replace an engine or a build that exists.")
 def main(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import ExportError, InputError
 from ..runtime.classes import parse_classes
-from ..runtime.command import Command, backend_option, needs
+from ..runtime.command import Command, Source, Target, backend_option, needs
 from ..runtime.files import WholeFile, check_writable
 from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_fits, save_image, sheet, sheet_size
 from ..runtime.pipeline import Pipeline, check_batch_size
@@ -25,8 +25,8 @@ COLUMNS = 12  # pictures side by side in the sheet
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), required=True, help="The float32 engine that it was made from.")
+@click.argument("engine", type=Source())
+@click.option("--against", type=Source(), required=True, help="The float32 engine that it was made from.")
 @click.option("--images", default=64, show_default=True, help="Pictures to draw with each.")
 @click.option("--seed", default=0, show_default=True, help="Picture i has seed SEED + i.")
 @click.option("--class", "classes", multiple=True, metavar="CLASS", help="Of these classes, as in enat-run; default: spread over all.")
@@ -34,8 +34,8 @@ COLUMNS = 12  # pictures side by side in the sheet
 @backend_option(help="That runs ENGINE.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="CPU threads of each; default: one for each core that the process may use.")
-@click.option("--sheet", "sheet_file", type=click.Path(path_type=Path), help="Picture to write: above float32, below ENGINE.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Plot to write: error by step and by layer (needs matplotlib).")
+@click.option("--sheet", "sheet_file", type=Target(), help="Picture to write: above float32, below ENGINE.")
+@click.option("--plot", type=Target(), help="Plot to write: error by step and by layer (needs matplotlib).")
 @click.option("--max-divergence", type=float, help="Fail (exit code 1) where the mean divergence is larger, in nats.")
 @click.option("--min-top1", type=float, help="Fail where the share of equal most likely tokens is smaller, 0 to 1.")
 @click.option("--min-psnr", type=float, help="Fail where the pictures' PSNR is smaller, in dB.")

@@ -59,6 +59,8 @@ def unknown(model: ModelInfo, wanted: str) -> str:
 
 
 def suggestion(model: ModelInfo, wanted: str) -> str:
+    if not wanted.strip():
+        return "; expected a name or a number"
     if not model.class_names:
         return f": this engine's classes have no names; expected a number of 0 to {model.num_classes - 1}"
     names = {name.casefold(): name for name in model.class_names}
@@ -88,6 +90,12 @@ def parse_classes(model: ModelInfo, wanted: Iterable[int | str]) -> list[int]:
         first, dash, last = word.partition("-")
         if dash and first and last and not by_name(model, word) and is_class(model, first) and is_class(model, last):
             start, end = class_index(model, first), class_index(model, last)
+            named = [bool(by_name(model, one)) for one in (first, last)]
+            if named[0] != named[1]:
+                name, number = (first, last) if named[0] else (last, first)
+                numbers = f"#{first.removeprefix('#')}-#{last.removeprefix('#')}"
+                hint = f"; {numbers} is one of numbers" if is_number(name) else ""
+                raise InputError(f"expected a range of names or of numbers, got {word!r}: {name!r} is a name, {number!r} a number{hint}")
             if start > end:
                 raise InputError(f"expected a range from a lower class to a higher one, got {word!r} ({start} to {end})")
             result += range(start, end + 1)

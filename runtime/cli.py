@@ -14,12 +14,12 @@ from PIL import Image
 from ..errors import InputError
 from .backends import BACKENDS, open_backend
 from .classes import class_index, parse_classes
-from .command import Command, Target, backend_option
+from .command import Command, Source, Target, backend_option
 from .describe import classes_text, engine_info, info_text
 from .files import check_writable
 from .manifest import Manifest, read_manifest
 from .outputs import Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
-from .pictures import IMAGE_SUFFIXES, RUN_RECORD, read_metadata
+from .pictures import IMAGE_SUFFIXES, RUN_RECORD, metadata_file, read_metadata
 from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, check_batch_size, check_count, image_seeds
 from .progress import progress_bar
 from .schedule import schedule
@@ -30,7 +30,7 @@ OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt"
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
+@click.option("--engine", type=Source(), help="Engine directory; without it, the bundled one (letters and digits).")
 @click.option(
     "--class",
     "classes",
@@ -58,7 +58,7 @@ OTHER_SUFFIXES = (".txt", ".mp4", ".avi", ".mov", ".svg", ".zip", ".json", ".pt"
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty; replay with another engine.")
 @click.option(
     "--replay",
-    type=click.Path(path_type=Path),
+    type=Source(),
     metavar="FILE",
     help="Make a file or a folder of enat-run again, from what it says of itself.",
 )
@@ -106,23 +106,29 @@ def main(
         raise InputError("expected --out with a folder or a file to write")
     single = check_kind(out, grid, gif, resume)
     check_writable(out, file=single)
+    if out.suffix.lower() == ".npy":
+        check_writable(metadata_file(out.resolve()), file=True)
     if suffix and (single or gif):
         raise InputError(f"{out}: --format goes with a folder of pictures")
     check_batch_size(batch_size)
-    if columns is not None and (columns < 1 or not grid):
-        raise InputError(f"expected 1 or more columns, of a sheet (--grid), got {columns}")
+    if columns is not None and columns < 1:
+        raise InputError(f"expected 1 or more columns, got {columns}")
+    if columns and not (grid or replay):
+        raise InputError("--columns goes with --grid")
     earlier = earlier_run(replay, out if resume else None)
     manifest = read_manifest(engine or BUNDLED_ENGINE, verify)
     if replay:
         if classes or any(value is not None for value in (num, seed, *settings.values())):
             raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
         request, theirs = replayed(manifest, earlier, replay, force, "--force to use this one")
+        if columns and not (grid or theirs):
+            raise InputError(f"{replay}: is no sheet; --columns goes with --grid")
         columns = columns or theirs
     elif resume and not classes and all(value is None for value in (num, seed, *settings.values())):
         request, _ = replayed(manifest, read_record(out), out, False, "choose another folder")
     else:
         if resume and seed is None:
-            seed = request_of(earlier or read_record(out)).seeds[0]
+            seed = request_of(earlier or read_record(out), out).seeds[0]
         request = make_request(manifest, classes, 1 if num is None else num, seed, settings)
     schedule(manifest.model.length, **request.settings)
     if single:
@@ -191,9 +197,9 @@ def earlier_backend(metadata: dict[str, Any], device: str) -> str:
 
 
 def earlier_format(metadata: dict[str, Any]) -> str:
-    """The format of an earlier run's pictures, where it may be asked for; else the default."""
+    """The format of an earlier run's files, animations' too; else the default."""
     name = metadata.get("format")
-    return name if name in FORMATS else FORMATS[0]
+    return name if name in (*FORMATS, "gif") else FORMATS[0]
 
 
 def replayed(manifest: Manifest, metadata: dict[str, Any], file: Path, force: bool, otherwise: str) -> tuple[Request, int | None]:
@@ -209,7 +215,7 @@ def replayed(manifest: Manifest, metadata: dict[str, Any], file: Path, force: bo
     columns = metadata.get("columns")
     if columns is not None and (not isinstance(columns, int) or columns < 1):
         raise InputError(f"{file}: its record is damaged: columns is {columns!r:.40}")
-    request = request_of(metadata)
+    request = request_of(metadata, file)
     for label in request.labels:
         class_index(manifest.model, label)
     return request, columns

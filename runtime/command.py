@@ -24,7 +24,7 @@ backend_option = functools.partial(click.option, "--backend", type=click.Choice(
 
 
 class Command(click.Command):
-    """A click command that ends with one line: 2 for wrong input, 1 for work that failed, 130 for Ctrl-C and 143 for SIGTERM."""
+    """A click command that ends with one line: 2 for wrong input, 1 for work that failed, 130 for Ctrl-C, 143 for SIGTERM (SIGHUP: 129)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,13 +36,18 @@ class Command(click.Command):
         if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may not know every letter
             sys.stdout.reconfigure(errors="replace")
         warnings.showwarning = lambda message, *_: click.echo(f"Warning: {printable(str(message))}", err=True)
-        # SIGTERM unwinds like Ctrl-C, so that what is half done is cleaned up.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # They unwind like Ctrl-C, so that what is half done is cleaned up.
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except (click.Abort, KeyboardInterrupt):
             fail("interrupted", 130)
         except click.ClickException as error:
+            if debug and error.__cause__:
+                raise
             fail(" ".join(error.format_message().split()), 2)
         except EnatError as error:
             if debug:
@@ -58,16 +63,26 @@ class Command(click.Command):
             fail("not enough memory", 1)
 
 
-class Target(click.Path):
-    """What a command writes: a path, but neither nothing, as an empty variable of a shell gives, nor -, which others take for stdout."""
+class Source(click.Path):
+    """What a command reads: a path, but not nothing, as an empty variable of a shell gives."""
+
+    refused: tuple[str, ...] = ("",)
+    what = "read"
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in ("", "-"):
-            self.fail(f"expected the name of a file or a folder to write, got {value!r}", param, ctx)
+        if value in self.refused:
+            self.fail(f"expected the name of a file or a folder to {self.what}, got {value!r}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class Target(Source):
+    """What a command writes: neither nothing nor -, which others take for stdout."""
+
+    refused = ("", "-")
+    what = "write"
 
 
 @contextlib.contextmanager

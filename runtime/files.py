@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
 
 from ..errors import InputError
 
+MOST_BYTES = 200  # of a file's name in that of what is written before
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
@@ -22,11 +24,16 @@ def check_writable(path: Path, file: bool = False) -> None:
     """Raises InputError where `path`, a file or a folder, can't be written, before any work is done for it."""
     if file and path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file to write")
+    if file and path.is_symlink():
+        path = path.resolve()
     parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"{path}: cannot be written: no permission")
+
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what a process that was killed leaves of them
 
 
 class WholeFile:
@@ -39,7 +46,8 @@ class WholeFile:
     def __enter__(self) -> Path:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+            name = self.path.name.encode()[:MOST_BYTES].decode(errors="ignore")  # file systems take 255 in all
+            self.partial = self.path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
             self.partial.open("x").close()
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error

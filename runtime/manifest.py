@@ -21,6 +21,9 @@ VERSION = 1
 FILE = "manifest.json"
 HASHED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked by size alone unless verification is asked for
 
+LARGEST_GRID = 4096  # grid² must be a number that memory can hold
+LARGEST, LARGEST_SIZE = 2**31 - 1, 2**63 - 1  # of other numbers, and of a file's bytes
+
 REQUIRED_GRAPHS = ("condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx")
 IMAGE_GRAPHS = ("image_decoder.onnx", "image_encoder.onnx")
 ALL_GRAPHS = (*REQUIRED_GRAPHS, *IMAGE_GRAPHS)
@@ -201,7 +204,7 @@ def checked_manifest(folder: Path, verify: bool) -> Manifest:
     reader.expect(isinstance(data, dict), "the manifest", data, "an object")
     if data.get("format") != FORMAT:
         raise EngineError(f"{file}: format is {data.get('format')!r}, expected {FORMAT!r}")
-    version = reader.integer(data, "version", 1)
+    version = reader.integer(data, "version", 1, most=LARGEST_SIZE)
     if version > VERSION:
         raise EngineError(f"{file}: format version {version} is newer than this program reads (up to {VERSION}); update enat")
     model = reader.section(data, "model")
@@ -242,9 +245,8 @@ def no_number(word: str) -> None:
 
 
 def read_model(reader: Reader, model: dict[str, Any]) -> ModelInfo:
-    sizes = {
-        name: reader.integer(model, name, 1) for name in ("grid", "dim", "heads", "encoder_depth", "decoder_depth", "codes", "num_classes")
-    }
+    sizes = {"grid": reader.integer(model, "grid", 1, most=LARGEST_GRID)}
+    sizes |= {name: reader.integer(model, name, 1) for name in ("dim", "heads", "encoder_depth", "decoder_depth", "codes", "num_classes")}
     image_size = None if model.get("image_size") is None else reader.integer(model, "image_size", 1)
     names = model.get("class_names")
     if names is not None:
@@ -261,7 +263,7 @@ def check_file(manifest: Manifest, name: str, entry: object, verify: bool) -> No
     reader.expect(plain, where, name, "a path inside the engine directory")
     reader.expect(isinstance(entry, dict), where, entry, "an object with size and sha256")
     assert isinstance(entry, dict)
-    size = reader.integer(entry, "size", 0, where)
+    size = reader.integer(entry, "size", 0, where, LARGEST_SIZE)
     digest = reader.text(entry, "sha256", where)
     path, shown = manifest.root / name, manifest.folder / name
     try:
@@ -305,9 +307,10 @@ class Reader:
         assert isinstance(value, list)
         return value
 
-    def integer(self, data: dict[str, Any], key: str, least: int, where: str = "") -> int:
+    def integer(self, data: dict[str, Any], key: str, least: int, where: str = "", most: int = LARGEST) -> int:
         value = data.get(key)
-        self.expect(type(value) is int and value >= least, f"{where} {key}".strip(), value, f"an integer of at least {least}")
+        expected = f"an integer of {least} to {most}" if most < LARGEST else f"an integer of at least {least}"
+        self.expect(type(value) is int and least <= value <= most, f"{where} {key}".strip(), value, expected)
         assert isinstance(value, int)
         return value
 

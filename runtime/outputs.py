@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .files import WholeFile
+from .files import PARTIAL, WholeFile
 from .manifest import SETTINGS, Sampling
 from .pictures import (
     IMAGE_SUFFIXES,
@@ -30,7 +30,7 @@ from .pictures import (
     sheet_size,
     to_pil,
 )
-from .pipeline import Pipeline, Preview
+from .pipeline import Pipeline, Preview, image_seeds
 
 MOST_BYTES = 120  # of a class's name in a file's; file systems take 255 in all
 HIDDEN = np.array([128, 128, 128], np.uint8)  # the colour of tokens that are not revealed yet
@@ -81,16 +81,17 @@ def request_for(sampling: Sampling, labels: Sequence[int], seeds: Sequence[int],
     return Request(tuple(labels), tuple(seeds), **sampling.settings(**settings))
 
 
-def request_of(metadata: dict[str, Any]) -> Request:
+def request_of(metadata: dict[str, Any], file: Path) -> Request:
     """The request that a file's metadata describe. Raises InputError where they are not complete."""
     try:
         images, settings = metadata["images"], dict(metadata["settings"])
         if not images:
             raise ValueError("no images")
         labels, seeds = (tuple(number(image[name], int) for image in images) for name in ("class", "seed"))
+        image_seeds(seeds, len(seeds))  # raises for what is out of its range
         return Request(labels, seeds, **{name: number(value, int if name == "steps" else float) for name, value in settings.items()})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"the record of how the file was made is damaged ({type(error).__name__}: {error})") from error
+        raise InputError(f"{file}: the record of how it was made is damaged ({type(error).__name__}: {error})") from error
 
 
 def number(value: Any, kind: type) -> Any:
@@ -166,7 +167,8 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
     going_on = resume and record.is_file()
     if out.is_dir() and any(out.iterdir()) and not going_on and not force:
         if not resume:
-            raise InputError(f"{out}: exists and is not empty; --resume goes on with the run that began there, --force writes into it")
+            hint = "--resume goes on with the run that began there, " if record.is_file() else ""
+            raise InputError(f"{out}: exists and is not empty; {hint}--force writes into it")
         raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
     if going_on:
         theirs = read_record(out)
@@ -174,6 +176,9 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
             if theirs.get(key, value if key == "format" else None) != value:
                 found = f"the format {theirs.get(key)!r:.20}, not {value!r}" if key == "format" else f"other {key}"
                 raise InputError(f"{out}: the run that began there has {found} (in its {RUN_RECORD}); expected the same")
+        for path in out.iterdir():
+            if PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)
     elif out.is_dir():
         for i in range(len(request.labels)):
             (out / file_name(pipeline, request, i, suffix)).unlink(missing_ok=True)

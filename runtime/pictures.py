@@ -130,10 +130,13 @@ def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[s
 
 
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
-    """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind."""
+    """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind. Both where a link
+    leads."""
+    path = path.resolve() if path.is_symlink() else path
+    content = io.BytesIO()
+    np.save(content, tokens)
     with WholeFile(path) as partial, WholeFile(metadata_file(path)) as record:
-        with partial.open("wb") as file:
-            np.save(file, tokens)
+        partial.write_bytes(content.getvalue())
         record.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
         path.unlink(missing_ok=True)  # tokens never lie beside the record of others
 
@@ -147,7 +150,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = path / RUN_RECORD
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    path = path.resolve() if path.is_symlink() else path
     if path.suffix.lower() == ".npy" and not metadata_file(path).is_file():
         raise InputError(f"{path}: its record is missing: {metadata_file(path).name}, which enat-run wrote beside it")
     try:

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..runtime.command import Command, Target, backend_option, parse_numbers
+from ..runtime.command import Command, Source, Target, backend_option, parse_numbers
 from ..runtime.pipeline import BUNDLED_ENGINE
 from .repository import Options, write_repository
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; without it, the bundled one (letters and digits).")
+@click.option("--engine", type=Source(), help="Engine directory; without it, the bundled one (letters and digits).")
 @click.option("--out", type=Target(), required=True, help="The model repository; other models in it stay.")
 @click.option("--name", default="enat", show_default=True, help="Of the model; the one that gives PNG files has _png behind.")
 @click.option("--max-batch", default=8, show_default=True, help="Pictures drawn at once.")

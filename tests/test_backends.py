@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -24,6 +25,13 @@ from enat.export.cli import main as export_main
 from enat.runtime import backends
 from enat.runtime.backends import onnxruntime_cuda, open_backend
 from enat.runtime.manifest import read_manifest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_paths_that_are_no_text(engines: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = shutil.copytree(engines("tiny"), tmp_path / os.fsdecode(b"\xff"))
+    with pytest.raises(BackendError, match=r"ONNX Runtime .* cannot load it: it takes no paths that are no UTF-8"):
+        Pipeline.load(engine, "onnxruntime").generate_tokens([1])
 
 
 def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) -> None:

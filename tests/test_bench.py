@@ -168,6 +168,34 @@ def test_tables_and_chart(engines: Engines, tmp_path: Path) -> None:
         assert picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 50
 
 
+def test_names_of_any_kind_and_steps_named_twice(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be mathematics to Matplotlib; in a folder with modules of names that programs import."""
+    engine = tmp_path / "a$x^$"
+    engine.symlink_to(engines("odd"))
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the one of the working directory')")
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        "--engine",
+        engine,
+        "--batch",
+        1,
+        "--steps",
+        "3,2,3",
+        "--repeats",
+        1,
+        "--warmup",
+        0,
+        "--tokens",
+        "--plot",
+        "chart.svg",
+        "--json",
+    ]
+    result = bench(*asked)
+    assert result.exit_code == 0, result.output
+    assert [one["steps"] for one in json.loads(result.stdout)["measurements"]] == [3, 2]
+    assert Path("chart.svg").stat().st_size > 1000
+
+
 def test_the_bundled_engine_needs_no_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "onnx", "onnx_ir"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -252,6 +280,7 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     refused(bench(*engine, "--plot", tmp_path / "file" / "chart.png"), "file is not a folder")
     refused(bench(*engine, "--compare", "reference"), "expected --ckpt too")
     refused(bench(*engine, "--ckpt", read_golden("tiny").ckpt), "expected --compare too")
+    refused(bench(*engine, "--vqgan", read_golden("tiny").vqgan), "expected --compare too")
     refused(bench(*engine, "--compare", "reference", "--ckpt", read_golden("tiny").ckpt), "expected --vqgan, or --tokens")
     refused(bench(*engine, "--compare", "reference", *with_torch("odd")), "nnet_ema.pth: its keys are not those of the model")
     others = ["--engine", engines("odd"), "--compare", "reference", "--steps", 2]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from enat import Pipeline
+from enat import InputError, Pipeline
 from enat.demo.fonts import CLASSES
 from enat.demo.train_tokenizer import CONFIG, TRAINING_EPS, published, set_eps
 from enat.demo.training import Run
@@ -49,6 +51,13 @@ def test_classes(bundled: Pipeline) -> None:
     assert parse_classes(model, ["R", "r", "7", "#7", "A-C", "0-2", "#0-#1"]) == [17, 17, 33, 7, 0, 1, 2, 26, 27, 28, 0, 1]
     assert parse_classes(model, ["R,7, A-C"]) == parse_classes(model, ["R", "7", "A-C"])
     assert parse_classes(model, ["all"]) == list(range(36))
+    for word, message in (
+        ("9-35", "expected a range of names or of numbers, got '9-35': '9' is a name, '35' a number; #9-#35 is one of numbers"),
+        ("0-#27", "'0' is a name, '#27' a number; #0-#27 is one of numbers"),
+        ("12-A", "'A' is a name, '12' a number"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            parse_classes(model, [word])
 
 
 def test_real_pictures_survive_the_tokenizer() -> None:

@@ -163,7 +163,7 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
         assert all(Path(out, name).read_bytes() == Path("whole", name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_leaves_whole_files(engines: Callable[[str], Path], tmp_path: Path, how: signal.Signals, code: int) -> None:
     """Ended in the middle of a folder: every picture is whole; and where the program could, it cleaned up and said so in one line."""
     out = tmp_path / "samples"
@@ -264,6 +264,11 @@ def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
         (["--class", "1", "--gif", "--out", "a.png"], [".gif"]),
         (["--class", "1", "--out", "a.bmp"], ["a.bmp: expected a folder, or a file that ends in .png"]),
         (["--class", "1", "--out", "a.pn"], ["a.pn: expected a folder, or a file that ends in .png", "did you mean .png?"]),
+        (["--class", "1", "--columns", "2", "--out", "a.png"], ["--columns goes with --grid"]),
+        (["--class", "", "--out", "a.png"], ["unknown class ''; expected a name or a number"]),
+        (["--engine", "", "--class", "1", "--out", "a.png"], ["expected the name of a file or a folder to read, got ''"]),
+        (["--class", "1", "--out", "a.png", "--device", "cuda:x"], ["unknown device 'cuda:x'; expected cpu, cuda or cuda:N"]),
+        (["--replay", "/dev/null", "--out", "a.png"], ["/dev/null: not a regular file"]),
         (["--class", "1", "--out", "-"], ["expected the name of a file or a folder to write, got '-'"]),
         (["--class", "1", "--out", ""], ["expected the name of a file or a folder to write, got ''"]),
         (["--class", "1", "--resume", "--out", "a.png"], ["--resume"]),
@@ -422,10 +427,39 @@ def test_a_folder_goes_on_in_its_own_format(run: Run) -> None:
     (file,) = Path("other").glob("*.webp")
     file.unlink()
     assert run("--class", 1, "--seed", 1, "--out", "other", "--resume").exit_code == 0 and file.exists()
+    assert run("--class", "1-2", "--seed", 1, "--out", "moving", "--gif", "--steps", 2).exit_code == 0
+    first, second = sorted(Path("moving").glob("*.gif"))
+    first.unlink()
+    assert run("--out", "moving", "--resume").exit_code == 0 and first.exists()
+    assert run("--replay", "moving", "--out", "again").exit_code == 0
+    assert {path.name: path.read_bytes() for path in Path("again").glob("*.gif")} == {one.name: one.read_bytes() for one in (first, second)}
     record = json.loads(Path("folder/run.json").read_text())
     del record["format"]  # as earlier versions wrote it
     Path("folder/run.json").write_text(json.dumps(record))
     assert run(*again).exit_code == 0
+
+
+def test_what_a_killed_run_left_is_cleared_away(run: Run) -> None:
+    arguments = ("--class", "1-2", "--seed", 1, "--out", "folder")
+    Path("folder").mkdir()
+    left = Path("folder/.run.json.0123abcd.partial")
+    left.touch()
+    result = run(*arguments)
+    refused(result, "folder: exists and is not empty; --force writes into it")
+    left.unlink()
+    assert run(*arguments).exit_code == 0
+    left.touch()
+    assert run(*arguments, "--resume").exit_code == 0 and not left.exists()
+
+
+def test_a_record_with_a_seed_that_is_none(run: Run) -> None:
+    assert run("--class", 1, "--seed", 1, "--out", "folder").exit_code == 0
+    record = json.loads(Path("folder/run.json").read_text())
+    for seed in (-1, 2**64):
+        record["images"][0]["seed"] = seed
+        Path("folder/run.json").write_text(json.dumps(record))
+        refused(run("--replay", "folder", "--out", "new"), "folder: the record of how it was made is damaged", "expected seeds of 0 to")
+        assert not Path("new").exists()
 
 
 def test_what_a_file_says_reaches_no_terminal(run: Run) -> None:
@@ -449,6 +483,27 @@ def test_a_link_is_written_through(run: Run) -> None:
     Path("a.png").symlink_to("elsewhere/b.png")
     assert run("--class", 1, "--seed", 1, "--out", "a.png").exit_code == 0
     assert Path("a.png").is_symlink() and [path.name for path in Path("elsewhere").iterdir()] == ["b.png"]
+    assert run("--class", 1, "--seed", 1, "--out", "elsewhere/b.npy").exit_code == 0
+    Path("a.npy").symlink_to("elsewhere/b.npy")
+    assert run("--class", 2, "--seed", 2, "--out", "a.npy").exit_code == 0
+    assert Path("a.npy").is_symlink() and not Path("a.npy.json").exists()
+    for name in ("a.npy", "elsewhere/b.npy"):  # the record is that of the tokens
+        assert read_metadata(Path(name))["images"] == [{"class": 2, "seed": 2}]
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "draw", lambda *_: pytest.fail("drawn"))
+    Path("a.npy.json").mkdir()
+    refused(run("--class", 1, "--out", "a.npy"), "a.npy.json: is a folder; expected a file to write")
+    Path("file").touch()
+    Path("b.png").symlink_to("file/b.png")
+    refused(run("--class", 1, "--out", "b.png"), "b.png: cannot be written", "is not a folder")
+    refused(run("--class", 1, "--out", "x" * 300 + ".png"), "File name too long", code=1)
+
+
+def test_names_as_long_as_a_file_system_takes(run: Run) -> None:
+    name = "x" * 251 + ".png"
+    assert run("--class", 1, "--out", name).exit_code == 0 and Path(name).exists()
 
 
 def test_without_stderr(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -102,7 +103,7 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     """
     device = str(device)  # PyTorch's are no strings
     kind = device.split(":")[0]
-    if kind not in AUTO:
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device, re.ASCII):
         raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
@@ -149,8 +150,6 @@ def in_order(kind: str, manifest: Manifest) -> Sequence[str]:
 def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Candidate:
     if kind not in BACKENDS[name]:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
-    if kind == "cpu" and device != kind:
-        raise InputError(f"expected the device cpu, got {device!r}")
     module, cls = BACKENDS[name][kind]
     try:
         backend: Candidate = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)

@@ -42,7 +42,8 @@ class Sessions:
                         # ONNX Runtime's own fallback says so on stdout, and loads the graph again.
                         session = ort.InferenceSession(path, self.options, providers=list(providers), enable_fallback=0)
                     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-                        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
+                        why = first_line(error) if is_text(path) else "it takes no paths that are no UTF-8"
+                        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {why}") from error
                 if wanted not in session.get_providers():  # it falls back to the CPU with no more than a log line
                     raise BackendError(f"{path}: ONNX Runtime {ort.__version__} could not start its {wanted}")
                 self.sessions[graph] = session
@@ -51,6 +52,15 @@ class Sessions:
     def close(self) -> None:
         with self.lock:
             self.sessions.clear()
+
+
+def is_text(path: Path) -> bool:
+    """Whether all bytes of a path are letters."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def first_line(error: Exception) -> str:
