@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..calibration.calibrate import (
+    SENSITIVITY_BATCHES,
     Calibration,
     Settings,
     calibrate,
@@ -181,7 +182,7 @@ def changed_graphs(
             report(f"calibration read from {calibration_file}")
             if settings.float_layers is None and not calibration.harm:
                 report(f"calibration: sensitivity with weights of {settings.weight_bits} bits")
-                calibration = measure_harm(calibration, manifest, graphs, runs(settings.images), scratch, progress)
+                calibration = measure_harm(calibration, manifest, graphs, runs(SENSITIVITY_BATCHES * BATCH), scratch, progress)
         else:
             calibration = calibrate(manifest, graphs, runs(settings.images), settings, scratch, report, progress)
             if calibration_file:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ExportError, InputError, reason
 from ..runtime.builds import FOLDER
 from ..runtime.files import check_writable, is_inside, replace_folder
-from ..runtime.manifest import FILE, file_entries, manifest_text, read_manifest
+from ..runtime.manifest import FILE, FORMAT, file_entries, manifest_text, read_manifest
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
     if out.exists() and any(out.iterdir()):
         if not force:
             raise InputError(f"{out}: exists; --force replaces it")
-        if not (out / FILE).is_file():
+        if not is_engine(out):
             raise InputError(f"{out}: exists and is not an engine; it is not replaced, remove it yourself or choose another folder")
         for path in filter(None, reads):
             if is_inside(path, out):
@@ -57,21 +57,30 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
         if others := foreign_files(out):
             shown = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
             raise InputError(f"{out}: holds what is no part of the engine ({shown}); it is not replaced, remove that yourself")
-    holder = next((folder for folder in out.absolute().parents if (folder / FILE).is_file()), None)
+    holder = next(filter(is_engine, out.absolute().parents), None)
     if holder:
         raise InputError(f"{out}: lies in {holder}, which is an engine; choose a folder outside")
     check_writable(out)
 
 
-def foreign_files(engine: Path) -> list[str]:
-    """What lies in an engine's folder and neither its files nor its builds list, but for builds that were cut off; nothing where its
-    manifest cannot be read."""
+def is_engine(folder: Path) -> bool:
+    """Whether its manifest is one of an engine: other programs' files are called so too."""
+    return content_of(folder).get("format") == FORMAT
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """Of its manifest; nothing where there is none."""
     try:
-        manifest = json.loads((engine / FILE).read_bytes())
-        builds = [name for build in manifest.get("builds", ()) for name in build["files"]]
-        listed = {FILE, *manifest["files"], *builds}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []
+        content = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def foreign_files(engine: Path) -> list[str]:
+    """What lies in an engine's folder and its manifest does not list, but for builds, of which a process that was killed leaves some."""
+    files = content_of(engine).get("files")
+    listed = {FILE, *files} if isinstance(files, dict) else {FILE}
     found = sorted(path.relative_to(engine).as_posix() for path in engine.rglob("*") if not path.is_dir())
     return [name for name in found if name not in listed and not name.startswith(f"{FOLDER}/")]
 
@@ -110,7 +119,7 @@ def put_in_place(out: Path, force: bool) -> Iterator[Path]:
             check_target(out, force)
             replace_folder(out, partial, old)
         except OSError as error:
-            if error.filename and not is_inside(Path(error.filename), partial):
+            if isinstance(error.filename, str) and not is_inside(Path(error.filename), partial):
                 raise
             raise ExportError(f"{out}: not written: {reason(error)}") from error
     finally:

@@ -95,7 +95,7 @@ def sampler_error(inputs: dict[str, np.ndarray], found: dict[str, np.ndarray]) -
     tokens, masked_positions = found["tokens"], found["masked_positions"]
     revealed_tokens, revealed_positions = found["revealed_tokens"], found["revealed_positions"]
     shapes = (tokens.shape, masked_positions.shape, revealed_tokens.shape, revealed_positions.shape)
-    if shapes != ((batch, masked), (batch, keep), *2 * ((batch, masked - keep),)):
+    if shapes != ((batch, masked), (batch, keep), *2 * ((batch, masked - keep),)) or {one.dtype.str for one in found.values()} != {"<i8"}:
         return np.inf
     logits = inputs["logits"].astype(np.float64)
     conditional, unconditional = logits[:batch], logits[len(logits) - batch :]

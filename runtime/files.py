@@ -46,7 +46,7 @@ class WholeFile:
     def __enter__(self) -> Path:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            name = self.path.name.encode()[:MOST_BYTES].decode(errors="ignore")  # file systems take 255 in all
+            name = os.fsdecode(os.fsencode(self.path.name)[:MOST_BYTES])  # file systems take 255 in all
             self.partial = self.path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
             self.partial.open("x").close()
         except OSError as error:

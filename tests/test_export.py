@@ -129,6 +129,11 @@ def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: 
     refused(export(*smallest, "--out", engine_copy / "notes" / "inner"), f"lies in {engine_copy}, which is an engine")
     refused(export(*smallest, "--out", tmp_path / "new" / ".."), "expected a folder by its own name")
     assert (engine_copy / "notes" / "thesis.txt").exists() and not (tmp_path / "new").exists()
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / FILE).write_text('{"manifest_version": 3}')
+    refused(export(*smallest, "--out", extension, "--force"), "exists and is not an engine")
+    assert export(*smallest, "--out", extension / "engine").exit_code == 0
     documents = tmp_path / "documents"
     documents.mkdir()
     (documents / "thesis.txt").write_text("years of work")
