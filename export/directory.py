@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ExportError, InputError, reason
 from ..runtime.builds import FOLDER
-from ..runtime.files import check_writable, is_inside, replace_folder
+from ..runtime.files import PARTIAL, check_writable, is_inside, replace_folder
 from ..runtime.manifest import FILE, FORMAT, file_entries, manifest_text, read_manifest
 
 
@@ -57,7 +57,7 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
         if others := foreign_files(out):
             shown = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
             raise InputError(f"{out}: holds what is no part of the engine ({shown}); it is not replaced, remove that yourself")
-    holder = next(filter(is_engine, out.absolute().parents), None)
+    holder = next(filter(is_engine, out.resolve().parents), None)
     if holder:
         raise InputError(f"{out}: lies in {holder}, which is an engine; choose a folder outside")
     check_writable(out)
@@ -78,11 +78,12 @@ def content_of(folder: Path) -> dict[str, Any]:
 
 
 def foreign_files(engine: Path) -> list[str]:
-    """What lies in an engine's folder and its manifest does not list, but for builds, of which a process that was killed leaves some."""
+    """What lies in an engine's folder and its manifest does not list, but for what processes that were killed leave there, as of builds."""
     files = content_of(engine).get("files")
     listed = {FILE, *files} if isinstance(files, dict) else {FILE}
     found = sorted(path.relative_to(engine).as_posix() for path in engine.rglob("*") if not path.is_dir())
-    return [name for name in found if name not in listed and not name.startswith(f"{FOLDER}/")]
+    ours = re.compile(rf"{FOLDER}/.*|{PARTIAL.pattern}|(.*/)?\.DS_Store")  # which Finder makes
+    return [name for name in found if name not in listed and not ours.fullmatch(name)]
 
 
 KINDS = ("partial", "old", "float32")  # a new engine, the one that was there, the one that a new one is made from
@@ -120,7 +121,7 @@ def put_in_place(out: Path, force: bool) -> Iterator[Path]:
             replace_folder(out, partial, old)
         except OSError as error:
             if isinstance(error.filename, str) and not is_inside(Path(error.filename), partial):
-                raise
+                raise ExportError(f"{error.filename}: {reason(error)}") from error
             raise ExportError(f"{out}: not written: {reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

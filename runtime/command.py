@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import os
 import signal
 import sys
 import warnings
@@ -75,6 +76,10 @@ class Source(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in self.refused:
             self.fail(f"expected the name of a file or a folder to {self.what}, got {value!r}", param, ctx)
+        try:
+            Path(os.fsdecode(value)).resolve()
+        except (RuntimeError, OSError, ValueError) as error:
+            self.fail(f"{value}: not a path that leads anywhere ({error})", param, ctx)
         return super().convert(value, param, ctx)
 
 

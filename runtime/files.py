@@ -33,7 +33,7 @@ def check_writable(path: Path, file: bool = False) -> None:
         raise InputError(f"{path}: cannot be written: no permission")
 
 
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what a process that was killed leaves of them
+PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")  # what a process that was killed leaves of them
 
 
 class WholeFile:
@@ -46,7 +46,7 @@ class WholeFile:
     def __enter__(self) -> Path:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            name = os.fsdecode(os.fsencode(self.path.name)[:MOST_BYTES])  # file systems take 255 in all
+            name = os.fsencode(self.path.name)[:MOST_BYTES].decode(errors="ignore")  # file systems take 255 in all
             self.partial = self.path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
             self.partial.open("x").close()
         except OSError as error:
@@ -54,7 +54,7 @@ class WholeFile:
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError) and error.filename in (None, str(self.partial)):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(self.partial)):
             error.filename = str(self.path)  # for the message
         if kind is None:
             try:

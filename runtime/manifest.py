@@ -309,7 +309,8 @@ class Reader:
 
     def integer(self, data: dict[str, Any], key: str, least: int, where: str = "", most: int = LARGEST) -> int:
         value = data.get(key)
-        expected = f"an integer of {least} to {most}" if most < LARGEST else f"an integer of at least {least}"
+        beyond = type(value) is int and value > most
+        expected = f"an integer of {least} to {most}" if most < LARGEST or beyond else f"an integer of at least {least}"
         self.expect(type(value) is int and least <= value <= most, f"{where} {key}".strip(), value, expected)
         assert isinstance(value, int)
         return value

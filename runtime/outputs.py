@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from .pictures import (
 )
 from .pipeline import Pipeline, Preview, image_seeds
 
+LONGEST_WRITE = 60  # seconds that a process may take to write a file; after that it was killed
 MOST_BYTES = 120  # of a class's name in a file's; file systems take 255 in all
 HIDDEN = np.array([128, 128, 128], np.uint8)  # the colour of tokens that are not revealed yet
 
@@ -177,7 +179,7 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
                 found = f"the format {theirs.get(key)!r:.20}, not {value!r}" if key == "format" else f"other {key}"
                 raise InputError(f"{out}: the run that began there has {found} (in its {RUN_RECORD}); expected the same")
         for path in out.iterdir():
-            if PARTIAL.fullmatch(path.name):
+            if PARTIAL.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime > LONGEST_WRITE:
                 path.unlink(missing_ok=True)
     elif out.is_dir():
         for i in range(len(request.labels)):

@@ -74,6 +74,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
     """Writes PNG, WebP (lossless) or JPEG by the ending, whole or not at all."""
     suffix = path.suffix.lower()
     options: dict[str, Any]
+    content = io.BytesIO()  # Pillow does not notice where a disk is full
     if suffix == ".png":
         options = png_options(metadata)
     else:
@@ -81,8 +82,13 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
         exif[EXIF_DESCRIPTION] = json.dumps(metadata)
         options = {"format": "WEBP", "lossless": True} if suffix == ".webp" else {"format": "JPEG", "quality": 95, "subsampling": 0}
         options["exif"] = exif
+    image.save(content, **options)
+    write_whole(content, path)
+
+
+def write_whole(content: io.BytesIO, path: Path) -> None:
     with WholeFile(path) as partial:
-        image.save(partial, **options)
+        partial.write_bytes(content.getbuffer())
 
 
 def png_options(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -101,16 +107,10 @@ def png_bytes(image: Image.Image, metadata: dict[str, Any]) -> bytes:
 def save_gif(frames: Sequence[Image.Image], path: Path, metadata: dict[str, Any]) -> None:
     """Writes an animation; the last frame stays longer."""
     durations = [400] * (len(frames) - 1) + [2000]
-    with WholeFile(path) as partial:
-        frames[0].save(
-            partial,
-            format="GIF",
-            save_all=True,
-            append_images=frames[1:],
-            duration=durations,
-            loop=0,
-            comment=json.dumps(metadata).encode(),
-        )
+    content = io.BytesIO()
+    comment = json.dumps(metadata).encode()
+    frames[0].save(content, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=comment)
+    write_whole(content, path)
 
 
 def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[str, Any]) -> None:
@@ -132,17 +132,26 @@ def save_npz(batches: Iterable[Images], count: int, path: Path, metadata: dict[s
 def save_tokens(tokens: NDArray[np.int64], path: Path, metadata: dict[str, Any]) -> None:
     """Writes tokens [N, grid, grid] as .npy; the metadata go beside it, into a file of its name with `.json` behind. Both where a link
     leads."""
-    path = path.resolve() if path.is_symlink() else path
     content = io.BytesIO()
     np.save(content, tokens)
-    with WholeFile(path) as partial, WholeFile(metadata_file(path)) as record:
-        partial.write_bytes(content.getvalue())
-        record.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
-        path.unlink(missing_ok=True)  # tokens never lie beside the record of others
+    target = path.resolve() if path.is_symlink() else path
+    with WholeFile(target) as partial:
+        partial.write_bytes(content.getbuffer())
+        with WholeFile(metadata_file(target)) as record:
+            record.write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
+            target.unlink(missing_ok=True)  # tokens never lie beside the record of others
+            if target != path:
+                metadata_file(path).unlink(missing_ok=True)
 
 
 def metadata_file(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def record_of_tokens(path: Path) -> Path:
+    """The file beside them, or beside what a link leads to."""
+    own = metadata_file(path)
+    return metadata_file(path.resolve()) if path.is_symlink() and not own.is_file() else own
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -151,9 +160,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         path = path / RUN_RECORD
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    path = path.resolve() if path.is_symlink() else path
-    if path.suffix.lower() == ".npy" and not metadata_file(path).is_file():
-        raise InputError(f"{path}: its record is missing: {metadata_file(path).name}, which enat-run wrote beside it")
+    if path.suffix.lower() == ".npy" and not record_of_tokens(path).is_file():
+        raise InputError(f"{path}: its record is missing: {record_of_tokens(path).name}, which enat-run wrote beside it")
     try:
         text = metadata_text(path)
         metadata = json.loads(text) if text else None
@@ -170,7 +178,7 @@ def metadata_text(path: Path) -> str | None:
         with np.load(path, allow_pickle=False) as data:
             return str(data["metadata"])
     if suffix == ".npy":
-        return metadata_file(path).read_text("utf-8")
+        return record_of_tokens(path).read_text("utf-8")
     if suffix == ".json":
         return path.read_text("utf-8")
     with path.open("rb") as file:

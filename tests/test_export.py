@@ -119,10 +119,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert pipeline.generate_tokens(["c"], seed=1).shape == (1, 8, 8)
 
 
-def test_force_replaces_an_engine_and_nothing_else(engine_copy: Path, smallest: tuple[object, ...], tmp_path: Path) -> None:
+def test_force_replaces_an_engine_and_nothing_else(
+    engine_copy: Path, smallest: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused(export(*smallest, "--out", engine_copy), "engine: exists; --force replaces it")
     assert export(*smallest, "--out", engine_copy, "--force").exit_code == 0
     assert not (engine_copy / "image_decoder.onnx").exists()
+    for name in (".DS_Store", ".manifest.json.0123abcd.partial", "tensorrt/.0123.partial/encoder.plan"):
+        (engine_copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (engine_copy / name).touch()
+    monkeypatch.chdir(engine_copy)
+    assert export(*smallest, "--out", "../beside").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert export(*smallest, "--out", engine_copy, "--force").exit_code == 0
     (engine_copy / "notes").mkdir()
     (engine_copy / "notes" / "thesis.txt").write_text("years of work")
     refused(export(*smallest, "--out", engine_copy, "--force"), "holds what is no part of the engine (notes/thesis.txt)")

@@ -1,7 +1,5 @@
 // enat-run-cpp: pictures from an engine, in a process that needs no Python.
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
@@ -14,8 +12,10 @@
 #include <iostream>
 #include <map>
 #include <new>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "enat/enat.hpp"
@@ -182,9 +182,11 @@ void list_classes(const enat::Pipeline& pipeline) {
 class PartialFile {
 public:
     explicit PartialFile(const std::filesystem::path& target) : target_(target), partial_(target) {
-        partial_.replace_filename(".enat-run-cpp." + std::to_string(getpid()) + ".partial");
-        std::error_code ignored;  // of names that no file can have: the next line tells
-        if (std::filesystem::is_directory(target, ignored)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
+        std::random_device random;  // processes of several containers may have the same number
+        partial_.replace_filename(".enat-run-cpp." + std::to_string(random()) + "." + std::to_string(random()) + ".partial");
+        std::error_code error;
+        if (std::filesystem::is_directory(target, error)) throw enat::InputError(target.string() + ": is a folder; expected a file to write");
+        if (error == std::errc::filename_too_long) throw enat::InputError(target.string() + ": cannot be written: " + error.message());
         errno = 0;
         if (!std::ofstream(partial_)) throw enat::InputError(target.string() + ": cannot be written: " + std::strerror(errno));
         std::filesystem::remove(partial_);  // an interrupt while pictures are drawn finds nothing to leave behind

@@ -60,8 +60,8 @@ public:
         const Json* value = get(data, key);
         const auto number = value == nullptr ? std::nullopt : whole(*value);
         if (!number || *number < least || *number > most) {
-            const std::string range =
-                most < largest ? std::to_string(least) + " to " + std::to_string(most) : "at least " + std::to_string(least);
+            const bool both = most < largest || (number && *number > most);
+            const std::string range = both ? std::to_string(least) + " to " + std::to_string(most) : "at least " + std::to_string(least);
             refuse(where + key, found(value), "an integer of " + range);
         }
         return *number;

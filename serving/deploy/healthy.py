@@ -15,10 +15,14 @@ PATIENCE = 8  # seconds
 
 server, model = [*sys.argv[1:], *("127.0.0.1:8000", "enat")[len(sys.argv) - 1 :]]
 body = {"inputs": [{"name": "class_id", "datatype": "INT64", "shape": [1, 1], "data": [-1]}]}
+here = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the container's proxy is for what is elsewhere
 try:
-    urllib.request.urlopen(f"http://{server}/v2/models/{model}/infer", json.dumps(body).encode(), PATIENCE)
+    here.open(f"http://{server}/v2/models/{model}/infer", json.dumps(body).encode(), PATIENCE)
 except urllib.error.HTTPError as error:  # 400 where the model refuses it, 503 where the queue is full
     if error.code == 500:
         sys.exit(error.read().decode(errors="replace"))
 except TimeoutError:
     pass
+except urllib.error.URLError as error:
+    if not isinstance(error.reason, TimeoutError):
+        sys.exit(f"{server}: {error.reason}")
