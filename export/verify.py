@@ -34,9 +34,11 @@ class Check:
 
 
 Inputs = dict[str, Tensor]
+Outputs = dict[str, np.ndarray]
+Departure = tuple[str, float, float]  # in which way, by how much, and by how much it may
 
 
-def run_cases(path: Path, cases: Iterator[Inputs]) -> Iterator[tuple[Inputs, dict[str, np.ndarray]]]:
+def run_cases(path: Path, cases: Iterator[Inputs]) -> Iterator[tuple[Inputs, Outputs]]:
     """Every case, and what a graph makes of it."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -47,25 +49,29 @@ def run_cases(path: Path, cases: Iterator[Inputs]) -> Iterator[tuple[Inputs, dic
         yield inputs, dict(zip(names, session.run(None, {name: value.numpy() for name, value in inputs.items()}), strict=True))
 
 
-def shapes_of(inputs: Inputs) -> str:
-    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
+def check_cases(path: Path, cases: Iterator[Inputs], departures: Callable[[Inputs, Outputs], Iterator[Departure]]) -> Check:
+    """Runs a graph on every case. Raises ExportError where it departs from what it should give by more than it may."""
+    worst, count = 0.0, 0
+    for inputs, found in run_cases(path, cases):
+        for how, error, limit in departures(inputs, found):
+            if not error <= limit:
+                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if value.dim())
+                raise ExportError(f"{path.name}: {how} by {error:.2e}, expected at most {limit:.0e} ({shapes})")
+            worst = max(worst, error)
+        count += 1
+    return Check(path.stem, count, worst)
 
 
 def check_graph(path: Path, reference: Callable[..., Tensor | Sequence[Tensor]], cases: Iterator[Inputs]) -> Check:
     """Runs a graph and its reference on every case. Raises ExportError where they differ by more than rounding."""
-    worst, count = 0.0, 0
-    for inputs, found in run_cases(path, cases):
+
+    def departures(inputs: Inputs, found: Outputs) -> Iterator[Departure]:
         with torch.inference_mode():
             expected = reference(**inputs)
         for (name, value), wanted in zip(found.items(), [expected] if isinstance(expected, Tensor) else expected, strict=True):
-            error, limit = difference(value, wanted.numpy())
-            if not error <= limit:
-                raise ExportError(
-                    f"{path.name}: {name} differs from PyTorch by {error:.2e}, expected at most {limit:.0e} ({shapes_of(inputs)})"
-                )
-            worst = max(worst, error)
-        count += 1
-    return Check(path.stem, count, worst)
+            yield f"{name} differs from PyTorch", *difference(value, wanted.numpy())
+
+    return check_cases(path, cases, departures)
 
 
 def check_sampler(path: Path, cases: Iterator[Inputs]) -> Check:
@@ -73,19 +79,14 @@ def check_sampler(path: Path, cases: Iterator[Inputs]) -> Check:
 
     Not by equality: one choice that is rounded the other way moves all that is ordered by confidence behind it.
     """
-    worst, count = 0.0, 0
-    for inputs, found in run_cases(path, cases):
-        error = sampler_error({name: value.numpy() for name, value in inputs.items()}, found)
-        if not error <= FLOAT_TOLERANCE:
-            raise ExportError(
-                f"{path.name}: departs from its rule by {error:.2e}, expected at most {FLOAT_TOLERANCE:.0e} ({shapes_of(inputs)})"
-            )
-        worst = max(worst, error)
-        count += 1
-    return Check(path.stem, count, worst)
+
+    def departures(inputs: Inputs, found: Outputs) -> Iterator[Departure]:
+        yield "departs from its rule", sampler_error({name: value.numpy() for name, value in inputs.items()}, found), FLOAT_TOLERANCE
+
+    return check_cases(path, cases, departures)
 
 
-def sampler_error(inputs: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> float:
+def sampler_error(inputs: dict[str, np.ndarray], found: Outputs) -> float:
     """By how much the sampler's outputs miss docs/ENGINE.md's rule, computed in float64: the probability that lies between the noise and
     what a token stands for, or the confidence that a token which is revealed lacks. Infinite where tokens and positions do not fit
     together.
