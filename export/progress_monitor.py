@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import tensorrt as trt
 
+from ..runtime.backends.tensorrt import LOGGER
 from ..runtime.progress import progress_bar
 
 
@@ -44,7 +45,7 @@ class ProgressMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         with self.drawing():
             if phase_name == self.outermost:
                 self.bar.update(step + 1 - self.bar.n)
-        return not self.interrupted
+        return not (self.interrupted or LOGGER.interrupted)
 
     def phase_finish(self, phase_name: str) -> None:
         with self.drawing():

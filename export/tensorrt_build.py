@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ..calibration.products import fixed
 from ..errors import EngineError, ExportError, InputError, reason
 from ..runtime.backends.cuda import device_index, use_device
-from ..runtime.backends.tensorrt import Logger, platform_of, start_runtime
+from ..runtime.backends.tensorrt import platform_of, start_runtime
 from ..runtime.builds import (
     FOLDER,
     SECTION,
@@ -30,9 +30,9 @@ from ..runtime.builds import (
 )
 from ..runtime.files import WholeFile, replace_folder
 from ..runtime.manifest import FILE, Manifest, check_file, manifest_text, read_manifest, sha256, source_hash
+from ..runtime.profiles import graph_profiles
 from ..runtime.progress import Report
 from . import tables, tensorrt_graphs, tensorrt_plan
-from .profiles import graph_profiles
 from .tensorrt_graphs import prepare
 from .tensorrt_options import Options
 from .tensorrt_plan import built, refitted
@@ -66,7 +66,7 @@ def build_engine(
     Raises InputError, BackendError, ExportError; the engine stays as it was until all is written.
     """
     index = use_device(device)  # TensorRT builds on the current one
-    start_runtime(Logger())
+    start_runtime()
     manifest = read_manifest(engine)
     options = Options(tuple(steps) or (manifest.sampling.steps,), **settings)
     here = platform_of(index)
@@ -93,16 +93,17 @@ def build_engine(
             graphs = {}
             for graph, described in wanted.graphs.items():
                 report(graph)
-                path = prepare(manifest, graph, folder / "graphs")
+                prepared = prepare(manifest, graph, folder / "graphs")
                 if source:
                     old, build = source
                     name = build.plan(graph)
                     with old.unchanged({name: build.files[name]}, verify=True):
-                        plan = refitted(old.root / name, prepare(old, graph, folder.parent / "old graphs"), path)
+                        plan = refitted(old.root / name, prepare(old, graph, folder.parent / "old graphs"), prepared)
                 else:
-                    plan = built(path, described.profiles, options, timing_cache, progress)
+                    plan = built(prepared, described.profiles, options, timing_cache, progress)
                 (folder / f"{graph}.plan").write_bytes(plan)
-                kept = path.name if path.parent == manifest.root else f"{wanted.folder}/graphs/{path.name}"
+                name = prepared.path.name
+                kept = name if prepared.path == manifest.path(name) else f"{wanted.folder}/graphs/{name}"
                 graphs[graph] = BuiltGraph(described.source, described.profiles, kept if options.weights == "stripped" else None)
                 report(f"  {len(described.profiles)} profiles, {len(plan) / 2**20:.0f} MiB")
             if options.weights != "stripped":

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..calibration.quantize import ZERO_POINT, constant
+from ..calibration.products import NETWORK
+from ..calibration.quantize import ZERO_POINT, constant, describe
 from ..graph_file import save
 from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
 from .tables import condition_graph
 
 
-def prepare(manifest: Manifest, graph: str, folder: Path) -> Path:
-    """A graph's file for TensorRT: the engine's own where that is well, else a new one in `folder`.
+@dataclass(frozen=True)
+class Prepared:
+    """A graph's file, and the graph beside which its external data lies: weights that an engine has are not written again."""
 
-    TensorRT quantizes to signed numbers around zero, and takes 8-bit numbers for nothing but products.
+    path: Path
+    data_of: Path
+
+    def load(self) -> ir.Model:
+        model = ir.load(self.path)
+        ir.external_data.set_base_dir(model.graph, self.data_of.parent)
+        return model
+
+
+def prepare(manifest: Manifest, graph: str, folder: Path) -> Prepared:
+    """A graph for TensorRT: the engine's own where that is well, else a new one in `folder`.
+
+    TensorRT quantizes to signed numbers around zero, and takes 8-bit numbers for nothing but products. It fuses an attention whose
+    products and softmax have one type, and whose queries have as many rows as its keys; and gives names of its own to what a graph
+    leaves out, which refitting then wants values for.
     """
-    path = manifest.path(f"{graph}.onnx")
-    model = ir.load(path)
+    own = manifest.path(f"{graph}.onnx")
+    path = folder / own.name
     if graph == "condition":
-        if not any(node.op_type == "Cast" for node in model.graph):
-            return path
-        model = looked_up(manifest)
-    elif to_signed(model):
+        if not any(node.op_type == "Cast" for node in ir.load(own).graph):
+            return Prepared(own, own)
+        folder.mkdir(exist_ok=True)
+        save(looked_up(manifest), path)
+        return Prepared(path, path)
+    model = ir.load(own)
+    signed = to_signed(model)
+    if signed:
         dequantize_at_once(model)
-    else:
-        return path
+    if graph in NETWORK:
+        count_rows_once(model)
+        exponentiate_narrow(model)
+        name_biases(model)
+    elif not signed:
+        return Prepared(own, own)
     folder.mkdir(exist_ok=True)
-    save(model, folder / path.name)
-    return folder / path.name
+    ir.save(model, path)  # external data stays where it is
+    return Prepared(path, own)
 
 
 def looked_up(manifest: Manifest) -> ir.Model:
@@ -94,3 +120,61 @@ def dequantize_at_once(model: ir.Model) -> None:
 def signed_zero(graph: ir.Graph, zero: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     name = f"{zero.name}_signed"
     return graph.initializers.get(name) or constant(graph, name, np.zeros(shape, np.int8))
+
+
+def count_rows_once(model: ir.Model) -> None:
+    """Says of what is repeated for guidance, min(2 · batch, rows) rows, that it has as many as the modulation: so many are asked for."""
+    (least,) = (node for node in model.graph if node.op_type == "Min")
+    (cut,) = (node for node in model.graph if node.op_type == "Slice" and from_modulation(node.inputs[2]))
+    rows, repeated = cut.inputs[2], cut.outputs[0]
+    assert rows is not None and repeated.shape is not None and repeated.dtype is not None
+    rank, uses = len(repeated.shape), list(repeated.uses())
+    others = ir.node("Shape", [repeated], {"start": 1})
+    sizes = ir.node("Concat", [rows, others.outputs[0]], {"axis": 0})
+    reshaped = ir.node("Reshape", [repeated, sizes.outputs[0]], {"allowzero": 1})
+    describe(others, f"{repeated.name}_others", ir.Shape([rank - 1]), ir.DataType.INT64)
+    describe(sizes, f"{repeated.name}_sizes", ir.Shape([rank]), ir.DataType.INT64)
+    describe(reshaped, f"{repeated.name}_rows", ir.Shape(["rows", *repeated.shape[1:]]), repeated.dtype)
+    model.graph.insert_after(cut, [others, sizes, reshaped])
+    for user, index in uses:
+        user.replace_input_with(index, reshaped.outputs[0])
+    number = next(value for value in least.inputs if from_modulation(value))
+    assert number is not None
+    least.outputs[0].replace_all_uses_with(number)
+    RemoveUnusedNodesPass()(model)
+
+
+def from_modulation(value: ir.Value | None) -> bool:
+    """Whether a value is how many rows the modulation has, as a vector or a number."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Squeeze":
+        return from_modulation(node.inputs[0])
+    source = node.inputs[0] if node is not None and node.op_type == "Shape" else None
+    return source is not None and str(source.name).endswith("_modulation")
+
+
+def exponentiate_narrow(model: ir.Model) -> None:
+    """Takes out the casts around the softmax between products in float16, which TensorRT sums up in float32 inside."""
+    for node in [node for node in model.graph if node.op_type == "Softmax"]:
+        wide, after = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+        before = wide.producer() if wide is not None else None
+        if wide is None or before is None or before.op_type != "Cast" or [user.op_type for user in after] != ["Cast"]:
+            continue
+        scores, narrow = before.inputs[0], after[0].outputs[0]
+        if scores is None or scores.dtype != ir.DataType.FLOAT16 or narrow.dtype != ir.DataType.FLOAT16:
+            continue
+        node.replace_input_with(0, scores)
+        node.outputs[0].type = scores.type
+        narrow.replace_all_uses_with(node.outputs[0])
+        model.graph.remove([after[0], *([] if wide.uses() else [before])], safe=True)
+
+
+def name_biases(model: ir.Model) -> None:
+    """Gives normalizations without a bias one of zeros."""
+    for node in model.graph:
+        scale = node.inputs[1] if node.op_type == "LayerNormalization" and len(node.inputs) == 2 else None
+        if scale is not None and scale.const_value is not None:
+            zeros = np.zeros_like(scale.const_value.numpy())
+            name = f"no_bias_{zeros.size}_{zeros.dtype}"
+            node.resize_inputs(3)
+            node.replace_input_with(2, model.graph.initializers.get(name) or constant(model.graph, name, zeros))

@@ -74,9 +74,13 @@ class Build:
         """The files that hold the weights of a plan that has none."""
         source = self.graphs[graph].weights
         assert source is not None
-        if source in manifest.files:
-            return {name: manifest.files[name] for name in manifest.files_of(graph)}
-        return {name: entry for name, entry in self.files.items() if name.startswith(source)}
+        found = {name: manifest.files[name] for name in manifest.files_of(graph)}
+        return found | {name: entry for name, entry in self.files.items() if name.startswith(source)}
+
+    def data_of(self, graph: str) -> str:
+        """The graph beside which the external data of these weights lies: the one that they are taken from, or the engine's own."""
+        source = self.graphs[graph].weights
+        return source if source is not None and f"{source}.data" in self.files else f"{graph}.onnx"
 
     def as_json(self) -> dict[str, Any]:
         return {"backend": "tensorrt", "id": self.id, **asdict(self)}

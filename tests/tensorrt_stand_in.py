@@ -144,10 +144,10 @@ class Refits:
         refitter, parser = trt.Refitter, trt.OnnxParserRefitter
         made = {"refit_cuda_engine": self.refit, "get_all_weights": lambda: self.weights}
         monkeypatch.setattr(trt, "Refitter", lambda engine, logger: StandIn(refitter, **made))
-        monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, logger: StandIn(parser, refit_from_file=self.parse))
+        monkeypatch.setattr(trt, "OnnxParserRefitter", lambda refitter, logger: StandIn(parser, refit_from_bytes=self.parse))
         self.succeeds = succeeds
 
-    def parse(self, path: str) -> bool:
+    def parse(self, model: bytes, path: str) -> bool:
         self.files.append(path)
         return self.succeeds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -15,16 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import invoke, refused
+from conftest import invoke, modulation, refused
+from host_device import HostDevice
 
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.cli import main as export_main
 from enat.runtime import backends
 from enat.runtime.backends import onnxruntime_cuda, open_backend
-from enat.runtime.manifest import read_manifest
+from enat.runtime.backends.sessions import CPU, Sessions
+from enat.runtime.manifest import Manifest, read_manifest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
@@ -112,8 +116,15 @@ def test_an_onnxruntime_without_a_gpu(engines: Callable[[str], Path]) -> None:
         Pipeline.load(engines("tiny"), "onnxruntime", "cuda:0")
 
 
-@pytest.mark.parametrize("version, accepted", [("10.16.1.11", True), ("11.4.0.106", False)])
-def test_onnxruntime_needs_its_own_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, accepted: bool) -> None:
+@pytest.mark.parametrize("version, linked, accepted", [("10.16.1.11", "10", True), ("11.4.0.106", "10", False), ("11.4.0.106", None, True)])
+def test_onnxruntime_needs_its_own_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, linked: str | None, accepted: bool
+) -> None:
+    """The one that its provider's library is linked with."""
+    if linked:
+        (tmp_path / "capi").mkdir()
+        (tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so").write_bytes(b"\x7fELF\0libnvinfer.so.%s\0" % linked.encode())
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
     module = types.ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
     module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
@@ -129,8 +140,8 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
     manifest = read_manifest(engine_copy)
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
         for graph in ("encoder", "sampler"):
-            providers = dict(cls.providers(graph, 3, manifest))
-            assert providers["CUDAExecutionProvider"] == {"device_id": 3, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"}
+            providers = dict(cls.providers(graph, 3, manifest, lambda: modulation(manifest)))
+            assert {"device_id": 3, "use_tf32": 0}.items() <= providers["CUDAExecutionProvider"].items()
             assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
 
 
@@ -142,12 +153,40 @@ def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(
     before = sorted(path.name for path in engine_copy.iterdir())
     cls = onnxruntime_cuda.OnnxRuntimeTensorRTBackend
     manifest = dataclasses.replace(read_manifest(engine_copy), float_type=float_type)
-    options = dict(cls.providers("decoder", 0, manifest))[cls.provider]
+    options = dict(cls.providers("decoder", 0, manifest, lambda: modulation(manifest)))[cls.provider]
     assert Path(options["trt_engine_cache_path"]).is_dir() and options["trt_engine_cache_enable"]
     assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == (float_type == "float16")
     assert sorted(path.name for path in engine_copy.iterdir()) == before  # an engine's files are those that it lists
     monkeypatch.setenv("ENAT_CACHE", "")
-    assert not dict(cls.providers("decoder", 0, manifest))[cls.provider]["trt_engine_cache_enable"]
+    assert not dict(cls.providers("decoder", 0, manifest, lambda: modulation(manifest)))[cls.provider]["trt_engine_cache_enable"]
+
+
+def test_onnxruntime_builds_for_whatever_a_graph_may_be_asked(manifest: Manifest) -> None:
+    """And not for the shapes of the first step, in which nothing is visible yet."""
+    cls, model = onnxruntime_cuda.OnnxRuntimeTensorRTBackend, manifest.model
+    for graph in ("condition", "encoder", "decoder", "image_decoder", "image_encoder"):
+        options = dict(cls.providers(graph, 0, manifest, lambda: modulation(manifest)))[cls.provider]
+        ports = ort.InferenceSession(manifest.path(f"{graph}.onnx"), providers=["CPUExecutionProvider"]).get_inputs()
+        shapes = []
+        for name in ("min", "opt", "max"):
+            pairs = [pair.split(":") for pair in options[f"trt_profile_{name}_shapes"].split(",")]
+            shapes.append({port: [int(size) for size in sizes.split("x")] for port, sizes in pairs})
+        least, best, most = shapes
+        for port in ports:
+            for sizes in zip(port.shape, least[port.name], best[port.name], most[port.name], strict=True):
+                assert sizes[1] == sizes[2] == sizes[3] == sizes[0] or (isinstance(sizes[0], str) and sizes[1] <= sizes[2] <= sizes[3])
+                assert sizes[2] > 0
+        if graph == "decoder":
+            assert (least["features"], most["features"]) == ([1, 0, model.dim], [32, model.length, model.dim])
+
+
+def test_batches_larger_than_onnxruntime_builds_for(manifest: Manifest) -> None:
+    lane = onnxruntime_cuda.OrtLane(manifest, HostDevice(), Sessions(manifest.reading, ort.SessionOptions(), lambda graph: CPU), "cpu", 2)
+    for images in (2, 3):
+        arrays = {"positions": np.zeros((images, 4), np.int64)}
+        with contextlib.nullcontext() if images == 2 else pytest.raises(InputError, match=r"3 images at once are too many .* at most 2"):
+            assert len(lane.compute(None, arrays, lambda tensors: [tensors["positions"]])[0]) == 2
+    lane.close()
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ def test_signatures_are_read_off_docstrings(trt: Any) -> None:
         context.execute_async_v3()
 
 
-def onnx_network(trt: Any, path: Path) -> StandIn:
+def onnx_network(trt: Any, model: bytes) -> StandIn:
     """The network that TensorRT's parser would make, as far as its inputs go."""
     inputs = []
-    for port in onnx.load(path).graph.input:
+    for port in onnx.ModelProto.FromString(model).graph.input:
         shape = tuple(dim.dim_value or (-1 if dim.dim_param else 0) for dim in port.type.tensor_type.shape.dim)
         inputs.append(StandIn(trt.ITensor, name=port.name, shape=shape, is_shape_tensor=port.name == "keep", dtype=trt.float32))
     return StandIn(trt.INetworkDefinition, num_inputs=len(inputs), num_outputs=0, num_layers=0, get_input=lambda index: inputs[index])
@@ -99,11 +99,11 @@ class Builds:
         return self.profiles[-1]
 
     def parser(self, network: StandIn, logger: Any) -> StandIn:
-        def parse(path: str) -> bool:
-            network.__dict__.update(onnx_network(self.trt, Path(path)).__dict__)
+        def parse(model: bytes, path: str) -> bool:
+            network.__dict__.update(onnx_network(self.trt, model).__dict__)
             return True
 
-        return StandIn(Builds.real_parser, parse_from_file=parse, num_errors=0)
+        return StandIn(Builds.real_parser, parse=parse, num_errors=0)
 
     real_parser: Any = None
 
@@ -133,6 +133,11 @@ def test_building_asks_tensorrt_for_what_was_meant(builds: Builds, engine_copy: 
         assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
         flags = {call[1][0] for call in config.calls if call[0] == "set_flag"}
         assert trt.BuilderFlag.TF32 not in flags
+        preview = {call[1] for call in config.calls if call[0] == "set_preview_feature"}
+        assert (trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True) in preview
+        sharing = getattr(trt.PreviewFeature, "PROFILE_SHARING_0806", None)  # contexts share profiles
+        assert sharing is None or (sharing, True) in preview
+        assert config.profiling_verbosity == trt.ProfilingVerbosity.LAYER_NAMES_ONLY
         assert not flags & {getattr(trt.BuilderFlag, name, None) for name in ("FP16", "INT8", "BF16")}
     for config, (graph, own) in zip(builds.configs, build.profiles.items(), strict=True):
         for call, profile in zip([call for call in config.calls if call[0] == "add_optimization_profile"], own, strict=True):
@@ -294,6 +299,42 @@ def test_ctrl_c_ends_a_build(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             changed.setattr(monitor.bar, "close", interrupted)
             getattr(monitor, name)(*{"phase_start": ("next", None, 2), "step_complete": ("outer", 1), "phase_finish": ("outer",)}[name])
         assert monitor.interrupted and not monitor.step_complete("outer", 2)
+
+
+def test_ctrl_c_while_tensorrt_reports(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not pass it on."""
+    from enat.export.tensorrt_build import build_engine
+    from enat.runtime.backends.tensorrt import LOGGER
+
+    class Message(str):
+        def splitlines(self, keepends: bool = False) -> list[str]:
+            raise KeyboardInterrupt
+
+        def strip(self, chars: str | None = None) -> str:
+            return self
+
+    before = files(engine_copy)
+
+    def build(self: Builds, logger: Any) -> bytes:
+        logger.log(self.trt.ILogger.Severity.ERROR, Message("one of many"))
+        assert not self.configs[-1].progress_monitor.step_complete("outer", 0)
+        return b"plan"
+
+    monkeypatch.setattr(Builds, "build", build)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(engine_copy, [8], progress=True)
+    assert files(engine_copy) == before and len(builds.configs) == 1
+    assert {builder.logger for builder in builds.builders} == {LOGGER}
+
+
+def test_what_the_parser_refuses(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from enat.export.tensorrt_build import build_engine
+
+    refused = StandIn(builds.trt.ParserError, desc=lambda: "no importer for Mul\nand more")
+    parser = StandIn(Builds.real_parser, parse=lambda model, path: False, num_errors=1, get_error=lambda index: refused)
+    monkeypatch.setattr(builds.trt, "OnnxParser", lambda network, logger: parser)
+    with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it: no importer for Mul$"):
+        build_engine(engine_copy, [8])
 
 
 def test_ctrl_c_after_the_last_step_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

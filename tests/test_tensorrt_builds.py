@@ -12,10 +12,10 @@ import pytest
 from conftest import invoke, modulation
 
 from enat.errors import EngineError, ExportError
-from enat.export.profiles import graph_profiles
 from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, graph_source, read_builds, unsuited
 from enat.runtime.cli import main as run_main
 from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.profiles import graph_profiles
 from enat.serving.graphs import graph_configs
 
 HERE = Platform("10.16.1.11", "NVIDIA H200", "9.0")

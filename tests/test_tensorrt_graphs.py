@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import modulation
+from conftest import list_anew, modulation
 from host_device import HostBackend, HostDevice, HostLane
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,12 +26,13 @@ from enat import Pipeline
 from enat.calibration.calibrate import Settings
 from enat.errors import InputError
 from enat.export.convert import Precision, convert_engine
-from enat.export.profiles import TOPK_LIMIT, graph_profiles
 from enat.export.tensorrt_graphs import prepare
+from enat.graph_file import save
 from enat.runtime.backends.contract import output_shapes
 from enat.runtime.builds import covering_profile
 from enat.runtime.manifest import Manifest, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
+from enat.runtime.profiles import TOPK_LIMIT, graph_profiles
 from enat.runtime.schedule import schedule
 
 GRAPHS = ("condition", "encoder", "decoder", "sampler", "image_decoder", "image_encoder")
@@ -53,18 +55,19 @@ def precisions(engines: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("name", ["fp32", "odd", *PRECISIONS])
 def test_tensorrt_takes_every_graph(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
     manifest = read_manifest(precisions[name])
+    own = ("sampler", "image_encoder") if name.startswith("int8") else ("condition", "sampler", "image_decoder", "image_encoder")
     for graph in GRAPHS:
-        path = prepare(manifest, graph, tmp_path / "graphs")
-        assert objections(onnx.load(path)) == [], graph
-    assert (tmp_path / "graphs").exists() == name.startswith("int8")
+        prepared = prepare(manifest, graph, tmp_path / "graphs")
+        assert objections(onnx.load(prepared.path)) == [], graph
+        assert (prepared.path.parent == manifest.folder) == (graph in own), graph
 
 
 def test_tensorrt_takes_the_bundled_engine(fp16: Path, int8: Path, int8_fp16: Path, int7: Path, tmp_path: Path) -> None:
     """In every precision, with the layers in float that the recipe leaves so."""
     for engine in (BUNDLED_ENGINE, fp16, int8, int8_fp16, int7):
         for graph in GRAPHS:
-            path = prepare(read_manifest(engine), graph, tmp_path / engine.name)
-            assert objections(onnx.load(path)) == [], (engine.name, graph)
+            prepared = prepare(read_manifest(engine), graph, tmp_path / engine.name)
+            assert objections(onnx.load(prepared.path)) == [], (engine.name, graph)
 
 
 def test_every_graph_has_kernels_for_cuda(fp16: Path, int8: Path, int8_fp16: Path) -> None:
@@ -87,13 +90,13 @@ def test_the_tables_object(precisions: dict[str, Path]) -> None:
     assert not_in_table(model.graph.node[0], types, KERNELS) == ["DepthToSpace y: UINT8 x"]
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-fp16"])
-def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["fp32", "odd", *PRECISIONS])
+def test_graphs_for_tensorrt_give_the_same_values(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
     """A whole run on graphs as TensorRT gets them, every node computed as it is written: nothing differs."""
     manifest = read_manifest(precisions[name])
     signed = Path(shutil.copytree(precisions[name], tmp_path / "signed"))
     for graph in GRAPHS:
-        path = prepare(manifest, graph, tmp_path / "graphs")
+        path = prepare(manifest, graph, tmp_path / "graphs").path
         if path.parent != manifest.folder:
             shutil.copy(path, signed / path.name)
     options = ort.SessionOptions()
@@ -105,6 +108,44 @@ def test_signed_graphs_give_the_same_values(precisions: dict[str, Path], tmp_pat
             found.append((pipeline.generate_tokens([1, 2, 3], seed=0), pipeline.generate([1, 2, 3], seed=0)))
     for one, other in zip(*found, strict=True):
         assert (one == other).all()
+
+
+@pytest.mark.parametrize("name", ["fp32", *PRECISIONS])
+def test_graphs_have_the_form_that_tensorrt_fuses(precisions: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Queries and keys with the same rows, products and softmax of one type, and a name for every weight."""
+    manifest = read_manifest(precisions[name])
+    for graph, depth in (("encoder", manifest.model.encoder_depth), ("decoder", manifest.model.decoder_depth)):
+        own, model = ir.load(manifest.path(f"{graph}.onnx")).graph, prepare(manifest, graph, tmp_path).load().graph
+        wanted = ir.DataType.FLOAT16 if name in ("fp16", "int8-fp16") else ir.DataType.FLOAT
+        softmaxes = [node for node in model if node.op_type == "Softmax"]
+        assert len(softmaxes) == depth
+        for node in softmaxes:
+            scores, (product,) = node.inputs[0].producer(), [user for user, _ in node.outputs[0].uses()]
+            assert scores.op_type == product.op_type == "MatMul"
+            assert {value.dtype for value in (*scores.inputs, *node.inputs, *node.outputs, *product.inputs)} == {wanted}
+        assert sum(node.op_type == "Min" for node in own) == 1 and not any(node.op_type == "Min" for node in model)
+        norms = [node for node in model if node.op_type == "LayerNormalization"]
+        assert norms and all(len(node.inputs) == 3 and node.inputs[2].is_initializer() for node in norms)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_weights_are_not_written_again(precisions: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """External data of an engine stays where it is."""
+    monkeypatch.setattr("enat.graph_file.EXTERNAL_DATA_FROM", 0)
+    engine = Path(shutil.copytree(precisions[name], tmp_path / "engine"))
+    for graph in ("encoder", "decoder"):
+        save(ir.load(engine / f"{graph}.onnx"), engine / f"{graph}.onnx")
+    manifest = read_manifest(list_anew(engine))
+    for graph in ("encoder", "decoder"):
+        prepared = prepare(manifest, graph, tmp_path / "graphs")
+        whole = onnx.load(engine / f"{graph}.onnx")
+        assert prepared.data_of == engine / f"{graph}.onnx"
+        assert prepared.path.stat().st_size < 0.7 * (engine / f"{graph}.onnx.data").stat().st_size
+        assert not (tmp_path / "graphs" / f"{graph}.onnx.data").exists()
+        found = {name: value.const_value.numpy() for name, value in prepared.load().graph.initializers.items()}
+        for one in whole.graph.initializer:
+            if one.name in found:
+                assert np.array_equal(found[one.name], onnx.numpy_helper.to_array(one)), one.name
 
 
 # Profiles
@@ -183,7 +224,7 @@ def test_profiles_shapes(precisions: dict[str, Path], tmp_path: Path, name: str)
     manifest = read_manifest(precisions[name])
     profiles = graph_profiles(manifest, [2, 8], [(1, 2, 4)], modulation(manifest))
     for graph, own in profiles.items():
-        original = onnx.load(prepare(manifest, graph, tmp_path))
+        original = onnx.load(prepare(manifest, graph, tmp_path).path)
         session = ort.InferenceSession(original.SerializeToString(), providers=["CPUExecutionProvider"])
         for one in own:
             for which in range(3):

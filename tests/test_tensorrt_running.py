@@ -34,12 +34,14 @@ class Plans:
         self.engine = engine
         self.contexts: list[StandIn] = []
         self.making: Callable[[], bool] = lambda: True
-        self.largest_scratch = 0
+        self.largest_scratch = self.profile_scratch = 0
         self.busy: set[int] = set()  # contexts that were launched, until somebody waits
         self.dropped: dict[int, bool] = {}  # contexts that are gone: whether they were busy
         self.scratch = lambda: 1000 * (1 + len(self.contexts))
         self.limit = 2**40  # of the device's memory
         self.failing: tuple[int, str] | None = None  # the context and the call that fails
+        self.failures: list[int] = []  # contexts of which one call failed
+        self.report = ""  # what TensorRT reports then
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -56,25 +58,37 @@ class Plans:
             self.trt.ICudaEngine,
             name=graph,
             create_execution_context=lambda strategy: (
-                None if self.failing == (len(self.contexts), "create_execution_context") else self.context(graph)
+                None if self.fails(len(self.contexts), "create_execution_context") else self.context(graph)
             ),
             get_tensor_shape=outputs.get,
             device_memory_size_v2=self.largest_scratch,
+            get_device_memory_size_for_profile_v2=lambda profile: self.profile_scratch,
             get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
         )
+
+    def fails(self, number: int, name: str) -> bool:
+        if self.failing != (number, name):
+            return False
+        from enat.runtime.backends.tensorrt import LOGGER
+
+        self.failures.append(number)
+        if self.report:
+            LOGGER.log(self.trt.ILogger.Severity.ERROR, self.report)
+        return True
 
     def context(self, graph: str) -> StandIn:
         assert self.making()
         number = len(self.contexts)
 
         def execute(stream: int) -> bool:
-            if self.failing == (number, "execute_async_v3"):
+            if self.fails(number, "execute_async_v3"):
                 return False
             self.busy.add(number)
             return True
 
         def scratch(address: int, size: int) -> None:
             assert number not in self.busy, "set anew while it runs"
+            self.fails(number, "set_device_memory")
 
         found = StandIn(
             self.trt.IExecutionContext,
@@ -246,6 +260,50 @@ def test_contexts_outlive_what_failed_after_it(running: Running, failing: str) -
     plans.failing = None
     running.pipeline.close()
     assert len(plans.dropped) == len(plans.contexts) and not any(plans.dropped.values())
+
+
+def test_memory_that_is_short_for_a_context(running: Running) -> None:
+    """Records of other runs are dropped for it."""
+    drawn(running, 1)
+    assert running.lane.kept
+
+    def reclaim() -> bool:
+        running.plans.failing = None
+        return running.lane.forget()
+
+    running.plans.failing, running.lane.arena.reclaim = (30, "create_execution_context"), reclaim
+    assert drawn(running, 2) == 25
+    assert running.plans.failures == [30] and len(running.lane.kept) == 1
+
+
+def test_tensorrt_tells_of_memory_in_its_log(running: Running) -> None:
+    """A launch that fails for want of it names the batch that fits; one that fails otherwise gives the reason."""
+    running.plans.scratch = lambda: 1000
+    running.plans.failing, running.plans.report = (5, "execute_async_v3"), "Error Code 1: Cuda Runtime (out of memory)"
+    with pytest.raises(
+        BackendError, match=r"TensorRT failed: Error Code 1: .* 4 at once need more than \d+ MiB, \d+ MiB are free; a batch of 2 fits"
+    ):
+        running.pipeline.generate([1] * 4, seed=0)
+    running.plans.failing, running.plans.report = (len(running.plans.contexts) + 5, "execute_async_v3"), "Error Code 2: a kernel\nand more"
+    with pytest.raises(BackendError, match=r"TensorRT failed: Error Code 2: a kernel$"):
+        running.pipeline.generate([1] * 4, seed=0)
+
+
+def test_scratch_memory_that_tensorrt_cannot_tell_or_does_not_take(running: Running) -> None:
+    """It says so in no other way than by 0 bytes, and by its log."""
+    running.plans.scratch, running.plans.profile_scratch = (lambda: 0), 5000
+    running.pipeline.generate([1], seed=0)
+    sizes = {
+        size
+        for context in running.plans.contexts
+        for name, arguments in context.calls
+        if name == "set_device_memory"
+        for size in arguments[1:]
+    }
+    assert min(sizes) >= 5000
+    running.plans.failing, running.plans.report = (len(running.plans.contexts), "set_device_memory"), "it is too small"
+    with pytest.raises(BackendError, match="TensorRT does not take its scratch memory: it is too small"):
+        running.pipeline.generate([1, 2], seed=0)
 
 
 @pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 1 fits"), (2**40, "not even one fits")])

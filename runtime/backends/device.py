@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from ...errors import BackendError
 from . import Array
 
 ALIGNMENT = 512  # bytes, of every tensor
+
+T = TypeVar("T")
 
 
 class DeviceMemoryError(BackendError):
@@ -95,15 +97,19 @@ class Arena:
         if fitting:
             size = min(fitting)
             return Block(self, self.unused[size].pop(), size)
+        address = self.retried(lambda: self.device.allocate(size))
+        self.total += size
+        return Block(self, address, size)
+
+    def retried(self, make: Callable[[], T]) -> T:
+        """What `make` makes; where memory is short for it, once unused blocks are freed."""
         try:
-            address = self.device.allocate(size)
+            return make()
         except DeviceMemoryError:
             if not self.reclaim():
                 raise
-            self.free_unused()
-            address = self.device.allocate(size)
-        self.total += size
-        return Block(self, address, size)
+        self.free_unused()
+        return make()
 
     def put_back(self, address: int, size: int) -> None:
         self.unused.setdefault(size, []).append(address)

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from ...errors import BackendError
+from ...errors import BackendError, InputError
+from ..builds import Profile, Shape
 from ..manifest import Manifest
-from . import Array
+from ..profiles import general_profile
+from . import Array, Program
 from .cache_folder import cache_folder
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane
+from .device_lane import DeviceLane, batch_of
 from .lanes import LaneBackend, Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"'
-TENSORRT_MAJOR = 10  # whose libnvinfer.so ONNX Runtime's TensorRT provider is linked with
+TENSORRT_PROVIDER = "libonnxruntime_providers_tensorrt.so"
+SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # in the words of cuBLAS and cuDNN, too
+MOST_IMAGES = 16  # at once, on the TensorRT provider: its engines are built for up to so many
 
 
 class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
@@ -29,6 +35,7 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
 
     name = "onnxruntime"
     provider = "CUDAExecutionProvider"
+    most_images: int | None = None
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         check_packages(self.provider)
@@ -37,37 +44,49 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
         self.device = f"cuda:{index}"
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        providers = self.providers
-        sessions = Sessions(manifest.reading, options, lambda graph: providers(graph, index, manifest))
-        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda"), slots, sessions.close)
+        options.intra_op_num_threads = 1  # nothing of weight runs on the CPU
+        providers, most = self.providers, self.most_images
+        sessions = Sessions(manifest.reading, options, lambda graph: providers(graph, index, manifest, lambda: modulation_shapes(sessions)))
+        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda", most), slots, sessions.close)
 
     @classmethod
-    def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
-        # TF32 keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU. Memory is taken as it is needed: by
-        # default ONNX Runtime takes twice what it has, of a GPU that others may use too.
-        return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"})]
+    def providers(cls, graph: str, index: int, manifest: Manifest, modulation: Callable[[], Mapping[str, Shape]]) -> Providers:
+        """Of a graph, with their options. modulation: gives the shapes of the condition graph's outputs beyond the first axis."""
+        options = {
+            "device_id": index,
+            # It keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
+            "use_tf32": 0,
+            # By default ONNX Runtime takes twice what it has, of a GPU that others may use too.
+            "arena_extend_strategy": "kSameAsRequested",
+            # By default it times all of them for every new shape, as of a batch of another size.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
+        return [("CUDAExecutionProvider", options)]
 
 
 class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
-    """Sessions on the TensorRT execution provider, which builds engines of its own when it meets new shapes, and keeps them in
-    the cache folder. Types are not strict to it: with float16 allowed it may choose it for what a graph has in float32, so that the
-    sampler, whose numbers are float32 in every engine, is left to the CUDA provider.
+    """Sessions on the TensorRT execution provider, which builds an engine of each graph when it first runs, for whatever it may be asked,
+    and keeps it in the cache folder. Types are not strict to it: with float16 allowed it may choose it for what a graph has in float32,
+    so that the sampler, whose numbers are float32 in every engine, is left to the CUDA provider.
     """
 
     name = "onnxruntime-tensorrt"
     provider = "TensorrtExecutionProvider"
+    most_images = MOST_IMAGES
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         load_tensorrt()
         super().__init__(manifest, device, threads, slots)
 
     @classmethod
-    def providers(cls, graph: str, index: int, manifest: Manifest) -> Providers:
-        others = super().providers(graph, index, manifest)
+    def providers(cls, graph: str, index: int, manifest: Manifest, modulation: Callable[[], Mapping[str, Shape]]) -> Providers:
+        others = super().providers(graph, index, manifest, modulation)
         if graph == "sampler":
             return others
         folder, half = cache_folder(manifest, "onnxruntime-tensorrt"), manifest.float_type == "float16"
+        profile = general_profile(manifest, graph, (1, 1, MOST_IMAGES), modulation() if graph in ("encoder", "decoder") else None)
         options = {
+            **{f"trt_profile_{name}_shapes": joined(profile, index) for index, name in enumerate(("min", "opt", "max"))},
             "device_id": index,
             "trt_fp16_enable": half,
             "trt_layer_norm_fp32_fallback": half,
@@ -99,11 +118,27 @@ def load_tensorrt() -> None:
         raise BackendError('TensorRT is not installed; install it with: pip install "enat[gpu]"')
     import tensorrt
 
-    if int(tensorrt.__version__.split(".")[0]) != TENSORRT_MAJOR:
+    linked, found = linked_tensorrt(Path(ort.__file__).parent / "capi" / TENSORRT_PROVIDER), tensorrt.__version__
+    if linked and linked != found.split(".")[0]:
         raise BackendError(
-            f"ONNX Runtime's TensorRT provider needs TensorRT {TENSORRT_MAJOR}, found {tensorrt.__version__}; use --backend tensorrt, "
-            f"or: pip install 'tensorrt-cu13>=10.13,<11'"
+            f"ONNX Runtime {ort.__version__}'s TensorRT provider needs TensorRT {linked}, found {found}; use --backend tensorrt, "
+            f"or: pip install 'tensorrt-cu13=={linked}.*'"
         )
+
+
+def linked_tensorrt(provider: Path) -> str | None:
+    """Major version of the TensorRT that a provider's library is linked with; None where it does not tell."""
+    found = re.search(rb"libnvinfer\.so\.(\d+)", provider.read_bytes()) if provider.is_file() else None
+    return found and found[1].decode()
+
+
+def joined(profile: Profile, index: int) -> str:
+    """Least (0), best (1) or largest (2) shapes of a profile, as the TensorRT provider reads them."""
+    return ",".join(f"{name}:{'x'.join(map(str, shapes[index]))}" for name, shapes in profile.items())
+
+
+def modulation_shapes(sessions: Sessions) -> dict[str, Shape]:
+    return {output.name: tuple(output.shape[1:]) for output in sessions.get("condition").get_outputs()}
 
 
 class OrtLane(DeviceLane):
@@ -111,17 +146,24 @@ class OrtLane(DeviceLane):
 
     records = False
 
-    def __init__(self, manifest: Manifest, device: Device, sessions: Sessions, kind: str) -> None:
+    def __init__(self, manifest: Manifest, device: Device, sessions: Sessions, kind: str, most_images: int | None = None) -> None:
         super().__init__(manifest, device)
         self.sessions = sessions
         self.kind = kind  # of device, in ONNX Runtime's words
+        self.most_images = most_images
         self.index = int(device.name.split(":")[1]) if ":" in device.name else 0
+
+    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        batch = batch_of(arrays)
+        if self.most_images and batch > self.most_images:
+            raise InputError(f"{batch} images at once are too many for onnxruntime-tensorrt; expected at most {self.most_images}")
+        return super().compute(key, arrays, program)
 
     def scratch_of_image(self, graphs: Iterable[str]) -> None:
         """ONNX Runtime allocates as it goes."""
 
-    def modulation_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {output.name: tuple(output.shape[1:]) for output in self.sessions.get("condition").get_outputs()}
+    def modulation_shapes(self) -> Mapping[str, Shape]:
+        return modulation_shapes(self.sessions)
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
         session = self.sessions.get(graph)
@@ -138,5 +180,5 @@ class OrtLane(DeviceLane):
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             text = first_line(error)
-            short = any(words in text for words in ("allocate memory", "out of memory", "ALLOC_FAILED"))  # of cuBLAS and cuDNN, too
+            short = any(words in text for words in SHORT_OF_MEMORY)
             raise (DeviceMemoryError if short else BackendError)(f"{graph}.onnx: ONNX Runtime failed: {text}") from error

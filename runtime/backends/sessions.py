@@ -29,7 +29,7 @@ class Sessions:
         self.options = options
         self.providers = providers  # of a graph, the first being the one that must run it
         self.sessions: dict[str, ort.InferenceSession] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # the providers of one graph may ask for another
 
     def get(self, graph: str) -> ort.InferenceSession:
         """Raises BackendError where ONNX Runtime cannot load the graph, EngineError where its files are not those of the engine."""

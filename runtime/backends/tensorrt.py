@@ -29,41 +29,76 @@ def platform_of(index: int) -> Platform:
 
 
 class Logger(trt.ILogger):  # type: ignore[misc]
-    """Keeps TensorRT's last error, to be shown with the failure that it explains."""
+    """Takes down the first error that TensorRT reports since somebody listens, to be shown with the failure that it explains."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.error = ""
+        self.own = threading.local()  # error: of the thread that asks
+        self.first = ""  # of whichever thread: TensorRT builds with several
+        self.interrupted = False  # by Ctrl-C, which TensorRT would not pass on
+
+    def listen(self) -> None:
+        self.own.error = self.first = ""
+        self.interrupted = False
 
     def log(self, severity: Any, message: str) -> None:
-        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-            self.error = message.strip().splitlines()[0]
+        try:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                line = message.strip().splitlines()[0]
+                self.own.error = self.error or line
+                self.first = self.first or line
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    @property
+    def error(self) -> str:
+        """This thread's."""
+        return getattr(self.own, "error", "")
+
+    @property
+    def reason(self) -> str:
+        return self.error or self.first
 
 
-def start_runtime(logger: Logger) -> Any:
+LOGGER = Logger()  # TensorRT goes on using the first one that a process gives it
+
+
+def failure(message: str) -> BackendError:
+    """The error to raise where TensorRT failed, with its reason."""
+    text = f"{message}: {LOGGER.reason}"
+    short = "out of memory" in text or "OutOfMemory" in text
+    return (DeviceMemoryError if short else BackendError)(text)
+
+
+def start_runtime() -> Any:
     """TensorRT's runtime. Raises BackendError where it cannot start."""
+    LOGGER.listen()
     try:
-        return trt.Runtime(logger)
+        return trt.Runtime(LOGGER)
     except TypeError as error:  # what its bindings raise where they are given nothing
-        raise BackendError(f"TensorRT {trt.__version__} cannot start: {logger.error or error}") from error
+        raise BackendError(f"TensorRT {trt.__version__} cannot start: {LOGGER.reason or error}") from error
 
 
-def load_plan(runtime: Any, path: Path, logger: Logger) -> Any:
+def load_plan(runtime: Any, path: Path) -> Any:
     """A plan's ICudaEngine. Raises BackendError where TensorRT refuses it."""
+    LOGGER.listen()
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise BackendError(f"{path}: TensorRT {trt.__version__} cannot load it: {logger.error}")
+        raise failure(f"{path}: TensorRT {trt.__version__} cannot load it")
     return engine
 
 
-def refit(engine: Any, graph: Path, logger: Logger, changed: Collection[str] = ()) -> None:
-    """Gives a plan the weights of a graph. Raises BackendError, and where the plan would keep any that are named as changed."""
-    refitter = trt.Refitter(engine, logger)
+def refit(engine: Any, graph: Path, data_of: Path, changed: Collection[str] = ()) -> None:
+    """Gives a plan the weights of a graph. data_of: the graph beside which its external data lies. Raises BackendError, and where the
+    plan would keep any weights that are named as changed."""
+    LOGGER.listen()
+    refitter = trt.Refitter(engine, LOGGER)
     kept = sorted(set(changed) - set(refitter.get_all_weights()))
     if kept:
-        raise BackendError(f"{graph}: its {kept[0]} differs, and the plan takes no other in place of it; build it anew, without --refit")
-    if not trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-        raise BackendError(f"{graph}: TensorRT could not take the weights from it: {logger.error}")
+        raise BackendError(f"{data_of}: its {kept[0]} differs, and the plan takes no other in place of it; build it anew, without --refit")
+    parser = trt.OnnxParserRefitter(refitter, LOGGER)
+    if not parser.refit_from_bytes(graph.read_bytes(), str(data_of)) or not refitter.refit_cuda_engine():
+        raise failure(f"{graph}: TensorRT could not take the weights from it")
 
 
 class Plans:
@@ -72,8 +107,7 @@ class Plans:
     def __init__(self, manifest: Manifest, platform: Platform) -> None:
         self.manifest = manifest
         self.build = choose_build(manifest, platform)
-        self.logger = Logger()
-        self.runtime = start_runtime(self.logger)
+        self.runtime = start_runtime()
         if self.build.options.get("version_compatible"):
             self.runtime.engine_host_code_allowed = True  # such plans bring a runtime of their own
         self.engines: dict[str, Any] = {}
@@ -87,13 +121,13 @@ class Plans:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} has no {graph}")
                 plan = self.build.plan(graph)
                 with self.manifest.unchanged({plan: self.build.files[plan]}, verify=True):  # it is a program
-                    engine = load_plan(self.runtime, self.manifest.root / plan, self.logger)
+                    engine = load_plan(self.runtime, self.manifest.root / plan)
                 if graph == "sampler" and engine.get_tensor_location("keep") != trt.TensorLocation.HOST:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} wants keep on the device")
                 source = self.build.graphs[graph].weights
                 if source is not None:
                     with self.manifest.unchanged(self.build.weights_of(graph, self.manifest)):
-                        refit(engine, self.manifest.root / source, self.logger)
+                        refit(engine, self.manifest.root / source, self.manifest.root / self.build.data_of(graph))
                 self.engines[graph] = engine
             return self.engines[graph]
 
@@ -121,6 +155,7 @@ class Context:
     """An execution context, the shapes that it is set to, and the scratch memory that these take."""
 
     execution: Any
+    profile: int
     shapes: Mapping[str, tuple[int, ...]] | None = None
     scratch: Block | None = None
 
@@ -153,6 +188,7 @@ class TensorRTLane(DeviceLane):
         return {name: tuple(engine.get_tensor_shape(name))[1:] for name in ("encoder_modulation", "decoder_modulation")}
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
+        LOGGER.listen()
         execution = self.context(graph, inputs).execution
         for name, tensor in {**inputs, **outputs}.items():
             if isinstance(tensor, DeviceTensor):
@@ -161,7 +197,7 @@ class TensorRTLane(DeviceLane):
 
     def check(self, done: bool, message: str) -> None:
         if not done:
-            raise BackendError(f"{message}: {self.plans.logger.error}")
+            raise failure(message)
 
     def context(self, graph: str, inputs: Mapping[str, DeviceTensor | Array]) -> Context:
         """A context that is set to the inputs' shapes. A record needs one that has run before: TensorRT defers work to the first run."""
@@ -177,9 +213,9 @@ class TensorRTLane(DeviceLane):
             raise BackendError(f"{graph}: no execution context has run with its shapes")
         profile = self.profile_for(graph, shapes)
         if self.running and self.make_room():
-            context = own[key] = self.new_context(graph, profile)
+            context = own[key] = self.arena.retried(lambda: self.new_context(graph, profile))
         else:
-            context = self.contexts.get((graph, profile)) or self.new_context(graph, profile)
+            context = self.contexts.get((graph, profile)) or self.arena.retried(lambda: self.new_context(graph, profile))
         if context.shapes != shapes:
             self.set_shapes(context, graph, shapes, values)
         self.give_scratch(context)
@@ -204,9 +240,9 @@ class TensorRTLane(DeviceLane):
     def new_context(self, graph: str, profile: int) -> Context:
         execution = self.plans.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if execution is None:
-            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {self.plans.logger.error}")
+            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.reason}")
         self.check(execution.set_optimization_profile_async(profile, self.stream), f"{graph}: TensorRT does not take its profile {profile}")
-        return Context(execution)
+        return Context(execution, profile)
 
     def set_shapes(self, context: Context, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> None:
         execution = context.execution
@@ -223,9 +259,11 @@ class TensorRTLane(DeviceLane):
         try:
             missing = execution.infer_shapes()
         except RuntimeError as error:
-            raise BackendError(f"{graph}: TensorRT does not take its shapes: {self.plans.logger.error or error}") from error
+            raise BackendError(f"{graph}: TensorRT does not take its shapes: {LOGGER.reason or error}") from error
         self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
-        self.make_scratch(execution.update_device_memory_size_for_shapes())
+        # 0 is what it gives where it fails, too.
+        size = execution.update_device_memory_size_for_shapes()
+        self.make_scratch(size or self.plans.engine(graph).get_device_memory_size_for_profile_v2(context.profile))
         context.shapes, context.scratch = shapes, None
 
     def make_scratch(self, size: int) -> None:
@@ -246,7 +284,9 @@ class TensorRTLane(DeviceLane):
         """Has a context use the lane's scratch memory, if it has none; whoever took that away has waited for what the context launched."""
         assert self.scratch is not None
         if context.scratch is None:
+            LOGGER.listen()
             context.execution.set_device_memory(self.scratch.address, self.scratch.size)
+            self.check(not LOGGER.error, "TensorRT does not take its scratch memory")  # it tells in no other way
             context.scratch = self.scratch
 
     def settled(self, record: Record) -> bool:

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
-from ..runtime.builds import Profile, Shape
-from ..runtime.manifest import Manifest, ModelInfo
-from ..runtime.schedule import schedule
+from .builds import Profile, Shape
+from .manifest import Manifest, ModelInfo
+from .schedule import schedule
 
 TOPK_LIMIT = 3840  # the most that TensorRT's top-k sorts
 
@@ -32,8 +32,7 @@ def graph_profiles(
     for least, best, most in batches:
         if not 1 <= least <= best <= most:
             raise InputError(f"expected batches of 1 ≤ least ≤ best ≤ most, got {least}, {best}, {most}")
-    length, half = model.length, max(1, model.length // 2)
-    anything, something = (0, half, length), (1, half, length)  # masked is never 0: a run ends there
+    length = model.length
     encoder, decoder, sampler = [], [], []
     for number in steps:
         for batch, step in itertools.product(batches, schedule(length, number, 1.0, 1.0, 1.0)):
@@ -43,24 +42,34 @@ def graph_profiles(
             decoder.append(decoder_profile(model, batch, rows, count(step.masked), count(step.visible), modulation))
             sampler.append(sampler_profile(model, batch, rows, count(step.masked), count(step.keep)))
     batch = batches[0][0], batches[0][1], batches[-1][2]
-    rows = guided(batch)
-    encoder.append(encoder_profile(model, batch, rows, (0, max(1, length // 8), length), anything, modulation))
-    decoder.append(decoder_profile(model, batch, rows, something, anything, modulation))
-    sampler.append(sampler_profile(model, batch, rows, something, (0, length // 4, length)))
-    result = {
-        "condition": [profile(labels=[guided(one)]) for one in batches],
-        "encoder": unique(encoder),
-        "decoder": unique(decoder),
-        "sampler": unique(sampler),
-    }
-    whole = exactly(length)
-    if manifest.has("image_decoder.onnx"):
-        result["image_decoder"] = [profile(tokens=[one, whole], positions=[one, whole]) for one in batches]
-    if image_encoder and manifest.has("image_encoder.onnx"):
-        assert model.image_size is not None
-        size = exactly(model.image_size)
-        result["image_encoder"] = [profile(images=[one, size, size, exactly(3)]) for one in batches]
+    network = {"encoder": encoder, "decoder": decoder, "sampler": sampler}
+    result = {"condition": [general_profile(manifest, "condition", one) for one in batches]}
+    for graph, own in network.items():
+        result[graph] = unique([*own, general_profile(manifest, graph, batch, modulation)])
+    for graph in ("image_decoder", *(["image_encoder"] if image_encoder else [])):
+        if manifest.has(f"{graph}.onnx"):
+            result[graph] = [general_profile(manifest, graph, one) for one in batches]
     return result
+
+
+def general_profile(manifest: Manifest, graph: str, batch: Range, modulation: Mapping[str, Shape] | None = None) -> Profile:
+    """A profile for whatever a graph is asked, empty dimensions included. modulation: for encoder and decoder, as in `graph_profiles`."""
+    model, rows = manifest.model, guided(batch)
+    length, half = model.length, max(1, model.length // 2)
+    anything, something = (0, half, length), (1, half, length)  # masked is never 0: a run ends there
+    match graph:
+        case "condition":
+            return profile(labels=[rows])
+        case "encoder":
+            return encoder_profile(model, batch, rows, (0, max(1, length // 8), length), anything, modulation or {})
+        case "decoder":
+            return decoder_profile(model, batch, rows, something, anything, modulation or {})
+        case "sampler":
+            return sampler_profile(model, batch, rows, something, (0, length // 4, length))
+        case "image_decoder":
+            return profile(tokens=[batch, exactly(length)], positions=[batch, exactly(length)])
+    assert model.image_size is not None
+    return profile(images=[batch, exactly(model.image_size), exactly(model.image_size), exactly(3)])
 
 
 def encoder_profile(model: ModelInfo, batch: Range, rows: Range, new: Range, seen: Range, modulation: Mapping[str, Shape]) -> Profile:
