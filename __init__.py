@@ -45,3 +45,6 @@ if not TYPE_CHECKING:  # where it would let any name pass
 
             return getattr(pipeline, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return [*__all__, "__version__"]

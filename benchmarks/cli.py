@@ -97,7 +97,8 @@ def main(
         for steps in dict.fromkeys(parse_numbers("--steps", steps_text)) or (first.manifest.sampling.steps,)
         for batch in batches
     ]
-    sizes = [replace(one.pipeline.manifest.model, class_names=None) for one in pipes]
+    leave_out: dict[str, None] = {"class_names": None, **({"image_size": None} if tokens else {})}
+    sizes = [replace(one.pipeline.manifest.model, **leave_out) for one in pipes]
     if compared and any(size != sizes[0] for size in sizes):
         raise InputError("the engines are of different sizes, so one reference does not serve them; measure them apart")
     for case in cases:

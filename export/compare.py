@@ -13,6 +13,7 @@ from ..calibration.products import NETWORK, find_products, int8_share, load_grap
 from ..calibration.trajectory import Trajectory, divergence, guided, record, replay, spread_labels
 from ..errors import ExportError, InputError
 from ..runtime.backends import Tensor
+from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Images, Pipeline, image_seeds, in_raster
 from ..runtime.progress import progress_bar
 from ..runtime.schedule import Step
@@ -94,7 +95,7 @@ def compare(
 
     Raises InputError where they are not of the same model, ExportError where a value is not finite.
     """
-    check_same_model(engine, reference)
+    check_same_model(engine.manifest, reference.manifest)
     steps = reference.schedule()
     if images < 1:
         raise InputError(f"expected 1 or more images, got {images}")
@@ -136,9 +137,8 @@ def compare(
     )
 
 
-def check_same_model(engine: Pipeline, reference: Pipeline) -> None:
+def check_same_model(one: Manifest, other: Manifest) -> None:
     """Raises InputError where two engines were made from different checkpoints, or the second is not float32."""
-    one, other = engine.manifest, reference.manifest
     if other.precision != "fp32":
         raise InputError(f"{other.folder}: its precision is {other.precision}, expected fp32: engines are compared with float32")
     for name, found, expected in (

@@ -81,7 +81,7 @@ def foreign_files(engine: Path) -> list[str]:
     """What lies in an engine's folder and its manifest does not list, but for what processes that were killed leave there, as of builds."""
     files = content_of(engine).get("files")
     listed = {FILE, *files} if isinstance(files, dict) else {FILE}
-    found = sorted(path.relative_to(engine).as_posix() for path in engine.rglob("*") if not path.is_dir())
+    found = sorted(path.relative_to(engine).as_posix() for path in engine.rglob("*") if path.is_symlink() or not path.is_dir())
     ours = re.compile(rf"{FOLDER}/.*|{PARTIAL.pattern}|(.*/)?\.DS_Store")  # which Finder makes
     return [name for name in found if name not in listed and not ours.fullmatch(name)]
 

@@ -15,6 +15,7 @@ from ..errors import ExportError, InputError
 from ..runtime.classes import parse_classes
 from ..runtime.command import Command, Source, Target, backend_option, needs
 from ..runtime.files import WholeFile, check_writable
+from ..runtime.manifest import read_manifest
 from ..runtime.pictures import IMAGE_SUFFIXES, Images, check_fits, save_image, sheet, sheet_size
 from ..runtime.pipeline import Pipeline, check_batch_size
 
@@ -74,22 +75,24 @@ def main(
         if file:
             check_writable(file, file=True)
     with needs("calibration,cpu", "comparing engines"):
-        from .compare import compare
+        from .compare import check_same_model, compare
         from .layers import layer_errors
     if plot:
         with needs("plot", "--plot"):
             import matplotlib
         matplotlib.use("Agg")
+    one, other = read_manifest(engine), read_manifest(against)
+    check_same_model(one, other)
+    labels = parse_classes(other.model, classes) if classes else None
+    if sheet_file or min_psnr is not None:
+        one.require_images()
+        other.require_images()
+    if sheet_file:
+        size = other.model.image_size or 0
+        columns = sheet_columns(images)
+        rows = 2 * max(1, -(-images // columns))
+        check_fits(sheet_file, sheet_size(rows * columns, size, size, columns), {})
     with Pipeline.load(engine, backend, device, threads) as mine, Pipeline.load(against, threads=threads) as reference:
-        labels = parse_classes(reference.manifest.model, classes) if classes else None
-        if sheet_file or min_psnr is not None:
-            mine.manifest.require_images()
-            reference.manifest.require_images()
-        if sheet_file:
-            size = reference.manifest.model.image_size or 0
-            columns = sheet_columns(images)
-            rows = 2 * max(1, -(-images // columns))
-            check_fits(sheet_file, sheet_size(rows * columns, size, size, columns), {})
         title = f"{engine} ({mine.backend.name}) against {against} ({reference.backend.name})"
         result = compare(mine, reference, images, seed, labels, batch_size, keep_pictures=sheet_file is not None, progress=True)
         layers: dict[str, float] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,6 +100,8 @@ def read_builds(manifest: Manifest) -> list[Build]:
         if isinstance(entry, dict) and entry.get("backend") != "tensorrt":
             continue
         try:
+            if not all(isinstance(value, str) for value in entry["platform"].values()):
+                raise TypeError(f"its platform is {entry['platform']!r:.200}")
             build = Build(
                 platform=Platform(**entry["platform"]),
                 options=dict(entry["options"]),
@@ -136,8 +139,8 @@ def unsuited(build: Build, manifest: Manifest, here: Platform) -> str | None:
     if changed:
         return f"{changed}.onnx has changed since it was built"
     theirs, options = build.platform, build.options
-    numbers, built = ([int(part) for part in platform.tensorrt.split(".")[:3]] for platform in (here, theirs))
-    compatible = options.get("version_compatible") and numbers[0] == built[0] and numbers >= built
+    numbers, built = (version_numbers(platform.tensorrt) for platform in (here, theirs))
+    compatible = options.get("version_compatible") and numbers[:1] == built[:1] and numbers >= built
     if theirs.tensorrt != here.tensorrt and not compatible:
         return f"built with TensorRT {theirs.tensorrt}, this is {here.tensorrt}"
     hardware = options.get("hardware", "this")
@@ -148,6 +151,11 @@ def unsuited(build: Build, manifest: Manifest, here: Platform) -> str | None:
     if hardware == "ampere+" and float(here.capability) < 8:
         return f"built for compute capability 8.0 and later, this is {here.capability}"
     return None
+
+
+def version_numbers(version: str) -> list[int]:
+    """10.16.1.11 and 10.16.1rc1 → 10, 16, 1."""
+    return [int(number) for number in re.findall(r"\d+", version, re.ASCII)[:3]]
 
 
 def choose_build(manifest: Manifest, here: Platform) -> Build:

@@ -18,7 +18,7 @@ from .command import Command, Source, Target, backend_option
 from .describe import classes_text, engine_info, info_text
 from .files import check_writable
 from .manifest import Manifest, read_manifest
-from .outputs import Request, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
+from .outputs import Request, check_folder, open_folder, read_record, request_for, request_of, sheet_columns, write_file, write_folder
 from .pictures import IMAGE_SUFFIXES, RUN_RECORD, metadata_file, read_metadata
 from .pipeline import BATCH_SIZE, BUNDLED_ENGINE, Pipeline, check_batch_size, check_count, image_seeds
 from .progress import progress_bar
@@ -121,8 +121,8 @@ def main(
         if classes or any(value is not None for value in (num, seed, *settings.values())):
             raise InputError("--replay takes classes, numbers, seed and settings from the file; give it none")
         request, theirs = replayed(manifest, earlier, replay, force, "--force to use this one")
-        if columns and not (grid or theirs):
-            raise InputError(f"{replay}: is no sheet; --columns goes with --grid")
+        if columns and not (grid or (theirs and single)):
+            raise InputError(f"{replay if single else out}: is no sheet; --columns goes with --grid")
         columns = columns or theirs
     elif resume and not classes and all(value is None for value in (num, seed, *settings.values())):
         request, _ = replayed(manifest, read_record(out), out, False, "choose another folder")
@@ -136,6 +136,8 @@ def main(
     ending = out.suffix.lower() if single else ".gif" if gif else f".{suffix or earlier_format(earlier)}"
     if ending != ".npy":
         manifest.require_images()
+    if not single:
+        check_folder(out, resume, force)
     chosen = backend if backend != "auto" else earlier_backend(earlier, device)
     with Pipeline(manifest, open_backend(chosen, manifest, device, threads)) as pipeline:
         if engine is None:
@@ -149,7 +151,7 @@ def main(
             write_file(pipeline, request, out, columns, batch_size=batch_size, progress=True)
             files = [out]
         else:
-            open_folder(out, request, pipeline, ending, resume, force)
+            open_folder(out, request, pipeline, ending, resume)
             with progress_bar(len(request.labels), "picture") as bar:
                 files = write_folder(pipeline, request, out, ending, batch_size, resume, lambda _: bar.update())
         seconds = time.perf_counter() - started

@@ -17,9 +17,10 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import EnatError, InputError, reason
+from ..errors import BackendError, EnatError, InputError, reason
 from .backends import BACKENDS
 from .describe import printable
+from .imports import importing
 
 backend_option = functools.partial(click.option, "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
 
@@ -92,13 +93,14 @@ class Target(Source):
 
 @contextlib.contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
-    """Imports inside that fail become one line: which extra of the package brings what is missing."""
+    """Imports inside that fail become one line: which extra of the package brings what is missing. Raises BackendError."""
     try:
-        yield
+        with importing():
+            yield
     except ImportError as error:
         if importlib.util.find_spec("onnxruntime"):  # onnxruntime-gpu, maybe: the other beside it would overwrite it
             extra = extra.removesuffix(",cpu")
-        raise click.ClickException(f'{what} needs more packages ({error}); install them with: pip install "enat[{extra}]"') from error
+        raise BackendError(f'{what} needs more packages ({error}); install them with: pip install "enat[{extra}]"') from error
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:

@@ -55,11 +55,11 @@ def least_quota(root: Path = Path("/")) -> float | None:
 def control_groups(root: Path) -> Iterator[Path]:
     """Folders of the groups that the process is in and that may have a quota: its own, and those around it. None but on Linux."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).split("\n")
     except OSError:
         return
     mounts = root / "sys/fs/cgroup"
-    for line in lines:
+    for line in filter(None, lines):
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             folders = [mounts / "unified", mounts]

@@ -9,7 +9,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 MOST_BYTES = 200  # of a file's name in that of what is written before
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -22,15 +22,25 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 def check_writable(path: Path, file: bool = False) -> None:
     """Raises InputError where `path`, a file or a folder, can't be written, before any work is done for it."""
-    if file and path.is_dir():
+    try:
+        folder_there = path.is_dir()
+        if file and path.is_symlink():
+            path = path.resolve()
+        found = path.exists()
+        parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
+    except OSError as error:  # a name that no file can have
+        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
+    if file and folder_there:
         raise InputError(f"{path}: is a folder; expected a file to write")
-    if file and path.is_symlink():
-        path = path.resolve()
-    parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{path}: cannot be written: no permission")
+    if not os.access(parent, os.W_OK | os.X_OK) or (found and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written: {'the file system is read-only' if is_read_only(parent) else 'no permission'}")
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether a folder lies on a file system that takes no files from anyone."""
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")  # what a process that was killed leaves of them
@@ -50,7 +60,7 @@ class WholeFile:
             self.partial = self.path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
             self.partial.open("x").close()
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise InputError(f"{self.path}: cannot be written: {reason(error)}") from error
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ HASHED_AT_LOAD = 64 * 2**20  # bytes; larger files are checked by size alone unl
 
 LARGEST_GRID = 4096  # grid² must be a number that memory can hold
 LARGEST, LARGEST_SIZE = 2**31 - 1, 2**63 - 1  # of other numbers, and of a file's bytes
+LARGEST_SETTING = 1e6  # of sampling: far beyond any that is of use, and what is computed from it stays finite in float32
 
 REQUIRED_GRAPHS = ("condition.onnx", "encoder.onnx", "decoder.onnx", "sampler.onnx")
 IMAGE_GRAPHS = ("image_decoder.onnx", "image_encoder.onnx")
@@ -216,7 +216,7 @@ def checked_manifest(folder: Path, verify: bool) -> Manifest:
         model=read_model(reader, model),
         sampling=Sampling(
             reader.integer(sampling, "steps", 1),
-            *(reader.number(sampling, name) for name in ("cfg_scale", "mask_temp", "samp_temp")),
+            *(reader.setting(sampling, name) for name in ("cfg_scale", "mask_temp", "samp_temp")),
         ),
         precision=reader.text(data, "precision"),
         float_type=reader.choice(data, "float_type", ("float32", "float16")),
@@ -315,10 +315,10 @@ class Reader:
         assert isinstance(value, int)
         return value
 
-    def number(self, data: dict[str, Any], key: str) -> float:
+    def setting(self, data: dict[str, Any], key: str) -> float:
         value = data.get(key)
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-        self.expect(valid, key, value, "a number of 0 or more")
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_SETTING
+        self.expect(valid, key, value, "a number of 0 to 1e6")
         assert isinstance(value, int | float)
         return float(value)
 

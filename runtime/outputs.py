@@ -158,21 +158,25 @@ def file_name(pipeline: Pipeline, request: Request, index: int, suffix: str) -> 
     return f"{index:06d}-{label}{'-' + name if name else ''}-{request.seeds[index]}{suffix}"
 
 
-def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, resume: bool, force: bool) -> None:
+def check_folder(out: Path, resume: bool, force: bool) -> None:
+    """Raises InputError where a run may not write into a folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
+    began = (out / RUN_RECORD).is_file()
+    if out.is_dir() and any(out.iterdir()) and not (resume and began) and not force:
+        if not resume:
+            hint = "--resume goes on with the run that began there, " if began else ""
+            raise InputError(f"{out}: exists and is not empty; {hint}--force writes into it")
+        raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
+
+
+def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, resume: bool) -> None:
     """Makes the folder of a run and its record, or checks that the run that began there is this one. What bears the names of its files
     and is not its own is removed, so that a later --resume does not take it for done. Raises InputError.
     """
     record = out / RUN_RECORD
     mine = {**request.metadata(pipeline), "format": suffix.removeprefix(".")}
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
-    going_on = resume and record.is_file()
-    if out.is_dir() and any(out.iterdir()) and not going_on and not force:
-        if not resume:
-            hint = "--resume goes on with the run that began there, " if record.is_file() else ""
-            raise InputError(f"{out}: exists and is not empty; {hint}--force writes into it")
-        raise InputError(f"{out}: no run began there ({RUN_RECORD} is missing); --force writes into it all the same")
-    if going_on:
+    if resume and record.is_file():
         theirs = read_record(out)
         for key, value in mine.items():
             if theirs.get(key, value if key == "format" else None) != value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ class Pipeline:
         docs/SPEED.md has figures.
         Raises EngineError for an engine that is incomplete, altered or too new, BackendError where the backend cannot run it.
         """
-        manifest = read_manifest(BUNDLED_ENGINE if engine is None else Path(engine), verify)
+        manifest = read_manifest(BUNDLED_ENGINE if engine is None else as_path(engine), verify)
         return cls(manifest, open_backend(backend, manifest, device, threads, slots))
 
     def __enter__(self) -> Pipeline:
@@ -283,6 +284,16 @@ def check_batch_size(value: SupportsIndex) -> int:
     if number < 1:
         raise InputError(f"expected a batch size of 1 or more, got {number}")
     return number
+
+
+def as_path(given: Any) -> Path:
+    """Raises InputError for what no file can be called."""
+    try:
+        if b"\0" not in os.fsencode(path := Path(given)):
+            return path
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"expected the path of an engine directory, got {given!r:.80}")
 
 
 def as_array(given: Any) -> NDArray[Any]:

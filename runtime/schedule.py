@@ -11,8 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from .classes import whole
-
-LARGEST = 1e6  # of a setting: far beyond any that is of use, and what is computed from it stays finite in float32
+from .manifest import LARGEST_SETTING
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ def check_setting(name: str, value: float | np.floating[Any]) -> float:
         number = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:
         number = math.inf
-    if not 0 <= number <= LARGEST:  # not so of NaN
+    if not 0 <= number <= LARGEST_SETTING:  # not so of NaN
         raise InputError(f"expected a {name} of 0 to 1e6, got {number if number == math.inf else value!r:.40}")
     return number
 
 
 def schedule(length: int, steps: int, guidance: float, mask_temperature: float, sampling_temperature: float) -> list[Step]:
-    """The steps of a run over `length` tokens; ends when nothing is masked, which with very many steps comes before `steps`.
+    """The steps of a run over `length` tokens, each of which reveals one token or more.
 
     guidance: at the end; it rises linearly from 0. mask_temperature, sampling_temperature: at the start; they fall linearly.
     Raises InputError where a setting is out of its range.
@@ -78,6 +77,4 @@ def schedule(length: int, steps: int, guidance: float, mask_temperature: float, 
         temperature = max(sampling_temperature * remaining, 1e-3)
         result.append(Step(index, seen, new, masked, keep, guidance * index / steps, temperature, mask_temperature * remaining))
         masked, new = keep, masked - keep
-        if masked == 0:
-            break
     return result

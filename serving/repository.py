@@ -109,6 +109,8 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
         models[f"{options.name}_png"] = png_config(options)
     graphs = graph_configs(manifest, options.name, options.gpus) if options.graphs else {}
     names = [*models, *graphs]
+    if (out / FILE).is_file():
+        raise InputError(f"{out}: has a {FILE}, as engines do; expected a model repository, or a new folder")
     for name in names:
         if (out / name).exists() and not force:
             raise InputError(f"{out / name}: exists; --force replaces it")

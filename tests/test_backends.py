@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -83,6 +84,39 @@ def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeyp
     monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError(f"{name} fails")))
     with pytest.raises(BackendError, match="tensorrt fails; onnxruntime fails"):
         open_backend("auto", manifest, "cuda:0")
+
+
+def test_a_backend_that_is_there_and_broken(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not called missing, and auto says that it is passed over."""
+    real = backends.import_module
+
+    def broken(name: str, package: str) -> Any:
+        if name == ".onnxruntime_cpu":
+            raise ImportError("libcudart.so.13: cannot open shared object file")
+        return real(name, package)
+
+    monkeypatch.setattr(backends, "import_module", broken)
+    with pytest.raises(BackendError, match=r"the backend onnxruntime is installed, and cannot be loaded: libcudart\.so\.13: cannot open"):
+        open_backend("onnxruntime", manifest)
+    narrow = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, dim=64))
+    with pytest.warns(RuntimeWarning, match=r"onnxruntime is passed over: .* libcudart\.so\.13"):
+        open_backend("auto", narrow).close()
+
+
+def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extension modules may make an ImportError of it."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(name: str, package: str) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr(backends, "import_module", interrupted)
+    for name in ("auto", "onnxruntime"):
+        with pytest.raises(KeyboardInterrupt):
+            open_backend(name, manifest)
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -285,6 +286,13 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     refused(bench(*engine, "--compare", "reference", *with_torch("odd")), "nnet_ema.pth: its keys are not those of the model")
     others = ["--engine", engines("odd"), "--compare", "reference", "--steps", 2]
     refused(bench(*engine, *others, *with_torch()), "the engines are of different sizes, so one reference does not serve them")
+    tokens_alone = Path(shutil.copytree(engines("tiny"), tmp_path / "tokens alone"))
+    manifest = json.loads(without_images(tokens_alone))
+    manifest["model"]["image_size"] = None
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("image")}
+    (tokens_alone / "manifest.json").write_text(json.dumps(manifest))
+    both = [*engine, "--engine", tokens_alone, "--tokens", "--compare", "reference", "--ckpt", read_golden("odd").ckpt]
+    refused(bench(*both), "nnet_ema.pth: its keys are not those of the model")  # the sizes that count are the same
     refused(invoke(slots.main, "--clients", 0), "--clients: expected 1 or more, got 0")
     refused(bench(*engine, "--backend", "tensorrt"), "the backend tensorrt runs on cuda, got the device 'cpu'")
     (engine_copy / "manifest.json").write_text(without_images(engine_copy))
@@ -293,7 +301,7 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused(bench(*engine, "--compare", "compile", *with_torch()), "no-such-compiler is not there", code=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(bench(*engine, "--plot", tmp_path / "chart.png"), 'pip install "enat[plot]"')
+    refused(bench(*engine, "--plot", tmp_path / "chart.png"), 'pip install "enat[plot]"', code=1)
 
 
 def without_images(engine: Path) -> str:

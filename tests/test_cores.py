@@ -58,6 +58,16 @@ def test_without_control_groups(tmp_path: Path) -> None:
     assert cores.least_quota(tmp_path) is None
 
 
+def test_control_groups_of_any_name(tmp_path: Path) -> None:
+    """Bytes that are no text, and what Python takes for the end of a line."""
+    folder = tmp_path / "sys/fs/cgroup" / os.fsdecode(b"\xff\x0bx")
+    folder.mkdir(parents=True)
+    (folder / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/\xff\x0bx\n")
+    assert cores.least_quota(tmp_path) == 1.5
+
+
 # What the first five CPUs name as those of the same core, as far as the system tells, and how many cores these are.
 SIBLINGS = {
     ("0-1", "0-1", "2-3", "2-3", "4-5"): 3,

@@ -138,6 +138,9 @@ def test_force_replaces_an_engine_and_nothing_else(
     refused(export(*smallest, "--out", engine_copy / "notes" / "inner"), f"lies in {engine_copy}, which is an engine")
     refused(export(*smallest, "--out", tmp_path / "new" / ".."), "expected a folder by its own name")
     assert (engine_copy / "notes" / "thesis.txt").exists() and not (tmp_path / "new").exists()
+    shutil.rmtree(engine_copy / "notes")
+    (engine_copy / "elsewhere").symlink_to(tmp_path)
+    refused(export(*smallest, "--out", engine_copy, "--force"), "holds what is no part of the engine (elsewhere)")
     extension = tmp_path / "extension"
     extension.mkdir()
     (extension / FILE).write_text('{"manifest_version": 3}')

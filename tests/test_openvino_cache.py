@@ -204,3 +204,22 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with Pipeline.load(backend="openvino", threads=1) as pipeline:
         assert pipeline.generate([1], seed=0).shape == (1, 64, 64, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_nobody_reads_any_more_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, openvino: Pipeline) -> None:
+    """Where another graph is kept. What is read stays, however old it is; and so does what is no graph."""
+    draw_in(tmp_path, monkeypatch)
+    mine = tmp_path / "openvino" / openvino.manifest.hash[:16]
+    theirs = tmp_path / "openvino" / "of another engine"
+    theirs.mkdir()
+    for path in (theirs / "encoder-0123.blob", theirs / "notes.txt"):
+        path.touch()
+    for path in (*theirs.iterdir(), *mine.iterdir()):
+        os.utime(path, (0, 0))
+    draw_in(tmp_path, monkeypatch)
+    kept = {path.name for path in mine.iterdir()}
+    assert len(list(theirs.iterdir())) == 2
+    (mine / next(name for name in kept if name.startswith("sampler-"))).unlink()
+    draw_in(tmp_path, monkeypatch)
+    assert {path.name for path in mine.iterdir()} == kept
+    assert [path.name for path in theirs.iterdir()] == ["notes.txt"]

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import enat
 from enat import Pipeline, Stopped, to_pil
 from enat.errors import EngineError, InputError
 from enat.runtime.backends import Backend, Lane
@@ -335,3 +336,15 @@ def test_the_runtime_never_imports_pytorch(engines: Callable[[str], Path]) -> No
         "assert not {'torch', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("engine", [3, b"engine", "a\0b", "\ud800", ["engine"]])
+def test_what_no_engine_can_be_called(engine: Any) -> None:
+    with pytest.raises(InputError, match="expected the path of an engine directory, got"):
+        Pipeline.load(engine)
+
+
+def test_names_of_the_package() -> None:
+    """For completion in shells and editors."""
+    assert {"Pipeline", "to_pil", "EnatError"} <= set(dir(enat))
+    assert all(hasattr(enat, name) for name in dir(enat))

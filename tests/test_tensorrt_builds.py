@@ -97,6 +97,8 @@ def test_the_key_of_a_build(manifest: Manifest) -> None:
         (dataclasses.replace(HERE, tensorrt="10.13.3.9"), {"version_compatible": True}, None),
         (dataclasses.replace(HERE, tensorrt="10.17.0.1"), {"version_compatible": True}, "built with TensorRT 10.17.0.1"),
         (dataclasses.replace(HERE, tensorrt="9.9.0.1"), {"version_compatible": True}, "built with TensorRT 9.9.0.1"),
+        (dataclasses.replace(HERE, tensorrt="10.16.1rc1"), {"version_compatible": True}, None),
+        (dataclasses.replace(HERE, tensorrt="newest"), {"version_compatible": True}, "built with TensorRT newest"),
         (dataclasses.replace(HERE, device="NVIDIA H100"), {}, "built for NVIDIA H100, this is NVIDIA H200"),
         (dataclasses.replace(HERE, device="NVIDIA H100"), {"hardware": "same"}, None),
         (dataclasses.replace(HERE, device="NVIDIA L4", capability="8.9"), {"hardware": "same"}, "compute capability 8.9, this is 9.0"),
@@ -162,7 +164,10 @@ def test_a_build_of_other_graphs_is_not_used(trt: Any, engine_copy: Path) -> Non
         choose_build(changed, HERE)
 
 
-@pytest.mark.parametrize("key, value", [("id", "0" * 16), ("platform", {}), ("graphs", 3), ("files", None)])
+@pytest.mark.parametrize(
+    "key, value",
+    [("id", "0" * 16), ("platform", {}), ("platform", {**vars(HERE), "tensorrt": 10}), ("graphs", 3), ("files", None)],
+)
 def test_damaged_entries(trt: Any, engine_copy: Path, key: str, value: object) -> None:
     manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
     manifest.builds[0][key] = value

@@ -129,4 +129,6 @@ def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_pat
     content = json.loads((other / FILE).read_text())
     content["source"]["checkpoint_sha256"] = "0" * 64
     write_manifest(other, content)
-    refused(invoke(verify_main, int8, "--against", other), "different models: checkpoint_sha256")
+    with pytest.MonkeyPatch.context() as changed:  # before any of them is loaded
+        changed.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
+        refused(invoke(verify_main, int8, "--against", other), "different models: checkpoint_sha256")

@@ -67,10 +67,12 @@ public:
         return *number;
     }
 
-    double number(const Json& data, const char* key) const {
+    double setting(const Json& data, const char* key) const {
         const Json* value = get(data, key);
         // NaN and infinity are no JSON, and what exceeds float64 is refused by the parser.
-        if (value == nullptr || !value->is_number() || value->get<double>() < 0) refuse(key, found(value), "a number of 0 or more");
+        if (value == nullptr || !value->is_number() || value->get<double>() < 0 || value->get<double>() > largest_setting) {
+            refuse(key, found(value), "a number of 0 to 1e6");
+        }
         return value->get<double>();
     }
 
@@ -219,8 +221,8 @@ Manifest read(const fs::path& folder, const fs::path& file, bool verify) {
     manifest.hash = identity(text, data);
     manifest.model = read_model(reader, reader.section(data, "model"));
     const Json& sampling = reader.section(data, "sampling");
-    manifest.sampling = {reader.integer(sampling, "steps", 1, manifest.model.length()), reader.number(sampling, "cfg_scale"),
-                         reader.number(sampling, "mask_temp"), reader.number(sampling, "samp_temp")};
+    manifest.sampling = {reader.integer(sampling, "steps", 1, manifest.model.length()), reader.setting(sampling, "cfg_scale"),
+                         reader.setting(sampling, "mask_temp"), reader.setting(sampling, "samp_temp")};
     manifest.precision = reader.text(data, "precision");
     manifest.float_type = reader.text(data, "float_type");
     if (manifest.float_type != "float32" && manifest.float_type != "float16") {

@@ -12,6 +12,8 @@
 
 namespace enat {
 
+constexpr double largest_setting = 1e6;  // of sampling: what is computed from it stays finite in float32
+
 /// Device, inode, bytes and time of the last change in nanoseconds: another one is another file. Nothing where there is no file.
 using Stamp = std::optional<std::array<std::int64_t, 4>>;
 Stamp stamp_of(const std::filesystem::path& file);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "enat/enat.hpp"
+#include "manifest.hpp"
 #include "messages.hpp"
 
 namespace enat {
@@ -13,7 +14,6 @@ namespace enat {
 namespace {
 
 constexpr double pi = 3.141592653589793;
-constexpr double largest = 1e6;  // of a setting: what is computed from it stays finite in float32
 
 /// How many of `length` tokens stay masked after step `index`: floor(length · cos(r·π/2)), 0 after the last. In float64 and in this
 /// order, as the Python runtime computes it: another rounding could move a token to another step.
@@ -31,13 +31,13 @@ std::vector<Step> schedule(std::int64_t length, std::int64_t steps, double cfg_s
     }
     for (const auto& [name, value] :
          {std::pair("guidance", cfg_scale), {"mask temperature", mask_temp}, {"sampling temperature", samp_temp}}) {
-        if (!(value >= 0 && value <= largest)) {  // not so of NaN
+        if (!(value >= 0 && value <= largest_setting)) {  // not so of NaN
             throw InputError(std::string("expected a ") + name + " of 0 to 1e6, got " + shown(value));
         }
     }
     std::vector<Step> result;
     std::int64_t masked = length;
-    for (std::int64_t index = 0; index < steps && masked > 0; ++index) {
+    for (std::int64_t index = 0; index < steps; ++index) {
         const double remaining = 1 - static_cast<double>(index + 1) / static_cast<double>(steps);
         const std::int64_t keep = kept(length, steps, index);
         const double guidance = cfg_scale * static_cast<double>(index) / static_cast<double>(steps);

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...errors import BackendError, EngineError, InputError
 from ..classes import whole
 from ..cores import allowed_threads
+from ..imports import importing
 from ..manifest import Manifest
 
 Array = NDArray[Any]
@@ -132,7 +133,7 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
             if isinstance(error, EngineError) and candidate != "tensorrt":  # of whose builds it is; else the engine is at fault
                 raise
             reasons.append(str(error))
-            if not isinstance(error.__cause__, ImportError) and (candidate != "tensorrt" or manifest.builds):
+            if not isinstance(error.__cause__, ModuleNotFoundError) and (candidate != "tensorrt" or manifest.builds):
                 notable.append(f"{candidate} is passed over: {error}")
             continue
         for line in notable:
@@ -152,10 +153,13 @@ def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
     module, cls = BACKENDS[name][kind]
     try:
-        backend: Candidate = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
-    except ImportError as error:
+        with importing():
+            backend: Candidate = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
+    except ModuleNotFoundError as error:
         extra = EXTRAS.get(name, EXTRAS[kind])
         raise BackendError(f'the backend {name} is not installed ({error}); install it with: pip install "enat[{extra}]"') from error
+    except ImportError as error:
+        raise BackendError(f"the backend {name} is installed, and cannot be loaded: {error}") from error
     return backend
 
 

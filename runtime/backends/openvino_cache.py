@@ -10,6 +10,8 @@ import contextlib
 import functools
 import hashlib
 import mmap
+import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from ..manifest import Manifest, source_hash
 from . import openvino_graphs
 from .cache_folder import cache_folder
 
+UNUSED = 90 * 24 * 3600  # seconds
 THREADS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING")  # options that leave a compiled graph as it is
 
 
@@ -97,6 +100,7 @@ class GraphCache:
             return self.read(graph, file)
         with self.manifest.reading(graph, verify=True) as path:  # large files are not hashed at load: what is wrong must not be kept
             model = compile_graph(path)
+        remove_unused(file.parent.parent)
         try:
             with WholeFile(file) as partial:
                 partial.write_bytes(model.export_model().getbuffer())
@@ -108,10 +112,20 @@ class GraphCache:
 
     def read(self, graph: str, file: Path) -> CompiledGraph:
         """Raises OSError, ValueError or RuntimeError for a file that is missing, empty, or not what OpenVINO expects."""
+        with contextlib.suppress(OSError):  # where it may only be read
+            os.utime(file)
         with file.open("rb") as opened:
             mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         tensor = ov.Tensor(np.frombuffer(mapping, np.uint8), shared_memory=True)
         return CompiledGraph(self.core.import_model(tensor, "CPU", self.options(graph)), mapping, tensor)
+
+
+def remove_unused(folder: Path) -> None:
+    """Takes away what nobody has read for long: graphs of engines that are gone, and of earlier versions."""
+    for file in folder.glob("*/*-*.blob"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > UNUSED:
+                file.unlink()
 
 
 def reason(error: Exception) -> str:
