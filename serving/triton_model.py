@@ -60,12 +60,22 @@ def failed_like(error: Any) -> Any:
     return pb_utils.InferenceResponse(error=error)
 
 
+def check_numpy() -> None:
+    """Raises where the server's Python backend was built for NumPy 1, and this is 2: it would send and give arrays of nothing, and say
+    that all is well."""
+    if int(np.__version__.split(".")[0]) > 1:  # of which it takes arrays by DLPack, too
+        wanted = np.arange(1, 5)
+        if not np.array_equal(pb_utils.Tensor.from_dlpack("numbers", wanted).as_numpy(), wanted):
+            raise pb_utils.TritonModelException(f"this server's Python backend was built for NumPy 1, found {np.__version__}; see --env")
+
+
 class PictureModel:
     """`class_id` or `class_name`, `seed` and settings, [n, 1] each, → `image` uint8 [n, height, width, 3], and
     `seed` and `metadata` of each.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
+        check_numpy()
         config = json.loads(args["model_config"])
         device = "cpu" if args["model_instance_kind"] == "CPU" else f"cuda:{args['model_instance_device_id']}"
         threads = parameter(config, "threads")
@@ -143,6 +153,7 @@ class PngModel:
     """The same inputs → `png`, an encoded file of each picture, drawn by the other model."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        check_numpy()
         self.model = parameter(json.loads(args["model_config"]), "pictures")
 
     async def execute(self, requests: Sequence[Any]) -> list[Any]:

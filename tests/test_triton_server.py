@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -414,3 +415,22 @@ def test_the_runtime_in_the_repository_is_used(repository: Path) -> None:
     """The environment of the server has no enat of its own."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('enat') is not None)"
     assert subprocess.run([environment() / "bin" / "python", "-c", code], cwd="/", check=False).returncode == 0
+
+
+def test_a_numpy_that_the_server_cannot_read(tmp_path: Path) -> None:
+    """With NumPy 2 a Python backend made for NumPy 1 loads, and would answer with pictures of nothing."""
+    theirs = environment()
+    code = "import json, numpy, site, sys; print(json.dumps([sys.version_info[:2], numpy.__version__, site.getsitepackages()[0]]))"
+    found = json.loads(subprocess.check_output([theirs / "bin" / "python", "-c", code], text=True))
+    if found[0] != list(sys.version_info[:2]) or found[1][0] != "1" or np.__version__[0] == "1":
+        pytest.skip("no NumPy 2 at hand for the server's Python")
+    subprocess.run([theirs / "bin" / "python", "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    for folder, numpy in ((Path(found[2]), False), (Path(np.__file__).parent.parent, True)):
+        for path in folder.iterdir():
+            if path.name.startswith("numpy") == numpy:
+                (packages / path.name).symlink_to(path)
+    assert write(tmp_path / "models", "--env", tmp_path / "env").exit_code == 0
+    with pytest.raises(RuntimeError, match="Triton did not start"):
+        Server(tmp_path / "models", tmp_path, theirs)
+    assert f"was built for NumPy 1, found {np.__version__}" in (tmp_path / "server.log").read_text()
