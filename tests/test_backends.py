@@ -236,7 +236,7 @@ def test_batches_larger_than_onnxruntime_builds_for(manifest: Manifest) -> None:
         (["--tensorrt", "--best-batch", "8,1"], ["expected best batches of 1 to the largest, 16, the smallest first, got 8,1"]),
         (["--tensorrt", "--version-compatible", "--weights", "stripped"], ["goes with --weights included, not stripped"]),
         (["--tensorrt", "--refit", "nowhere"], ["nowhere: expected an engine directory"]),
-        (["--tensorrt", "--device", "cpu"], ["expected the device cpu, cuda or cuda:N, got 'cpu'"]),
+        (["--tensorrt", "--device", "cpu"], ["expected a GPU, cuda or cuda:N, got the device 'cpu'"]),
     ],
 )
 def test_options_of_a_build(engines: Callable[[str], Path], arguments: list[str], parts: list[str]) -> None:

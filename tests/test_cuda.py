@@ -134,9 +134,11 @@ def test_devices(calls: Calls) -> None:
     calls.results["cudaGetDeviceProperties"] = (properties("Tesla V100", 7, 0),)
     with pytest.raises(BackendError, match=r"cuda: Tesla V100 is too old: its compute capability is 7\.0, expected 7\.5 or more"):
         cuda.device_index("cuda")
-    for wrong in ("cuda:", "cuda:x", "gpu", "cuda:-1"):
-        with pytest.raises(InputError, match="expected the device cpu, cuda or cuda:N"):
+    for wrong in ("cuda:", "cuda:x", "gpu", "cuda:-1", "cpu:0"):
+        with pytest.raises(InputError, match=f"unknown device '{wrong}'; expected cpu, cuda or cuda:N"):
             cuda.device_index(wrong)
+    with pytest.raises(InputError, match="expected a GPU, cuda or cuda:N, got the device 'cpu'"):
+        cuda.device_index("cpu")
     calls.results["cudaGetDeviceCount"] = (cudart.cudaError_t.cudaErrorInsufficientDriver, None)
     calls.results["cudaGetErrorString"] = (b"driver too old",)
     with pytest.raises(BackendError, match="cuda: no GPU that CUDA can use: CUDA: driver too old"):

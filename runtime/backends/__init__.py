@@ -103,9 +103,7 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
     graphs, EngineError where auto finds files altered.
     """
     device = str(device)  # PyTorch's are no strings
-    kind = device.split(":")[0]
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", device, re.ASCII):
-        raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
+    kind, _ = parse_device(device)
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}; expected auto or one of {', '.join(BACKENDS)}")
     most = os.cpu_count() or 1
@@ -140,6 +138,14 @@ def open_backend(name: str, manifest: Manifest, device: str = "cpu", threads: in
             warnings.warn(line, RuntimeWarning, stacklevel=3)
         return backend
     raise BackendError("; ".join(dict.fromkeys(reasons)))
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """cpu, cuda or cuda:N → its kind, and which of that kind. Raises InputError."""
+    match = re.fullmatch(r"(cpu|cuda)(?:(?<=cuda):(\d{1,4}))?", device, re.ASCII)
+    if not match:
+        raise InputError(f"unknown device {device!r}; expected cpu, cuda or cuda:N")
+    return match[1], int(match[2] or 0)
 
 
 def in_order(kind: str, manifest: Manifest) -> Sequence[str]:

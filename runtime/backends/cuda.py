@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 
 from ...errors import BackendError, InputError
-from . import Array
+from . import Array, parse_device
 from .device import DeviceMemoryError
 
 LEAST_CAPABILITY = 7.5  # compute capability: CUDA 13, and TensorRT from 10.13 on, serve Turing and what came after it
@@ -31,10 +30,9 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 def device_index(device: str) -> int:
     """The number in cuda or cuda:N. Raises InputError for other words, BackendError without a driver or such a device, or where it is too
     old."""
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if not match:
-        raise InputError(f"expected the device cpu, cuda or cuda:N, got {device!r}")
-    index = int(match[1] or 0)
+    kind, index = parse_device(device)
+    if kind != "cuda":
+        raise InputError(f"expected a GPU, cuda or cuda:N, got the device {device!r}")
     try:
         count = call(cudart.cudaGetDeviceCount)
     except BackendError as error:
