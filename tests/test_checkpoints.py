@@ -14,7 +14,7 @@ from conftest import DATA, Golden, refused
 from test_export import SPLIT, TINY, export
 
 from enat.errors import CheckpointError
-from enat.models.checkpoint import load_network, load_tokenizer, read_state_dict
+from enat.models.checkpoint import UNUSED, load_network, load_tokenizer, network_config, read_state_dict
 from enat.models.network import Network
 from enat.models.presets import PRESETS, preset_class_names
 
@@ -44,6 +44,9 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
         case "one position":
             torch.save({**state, "x_embedder.position_embeddings.weight": torch.zeros(1, 48)}, path)
             return path, "expected 4 positions or more, found 1"
+        case "no square":
+            torch.save({**state, "x_embedder.position_embeddings.weight": torch.zeros(60, 48)}, path)
+            return path, "expected a square number of positions, found 60"
         case "no class":
             torch.save({**state, "y_embedder.embedding_table.weight": torch.zeros(1, 48)}, path)
             return path, "expected 2 rows of classes or more, found 1"
@@ -80,6 +83,9 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
         case "sparse":
             torch.save({**state, "norm.weight": torch.ones(48).to_sparse()}, path)
             return path, "norm.weight has values of type float32, sparse_coo"
+        case "no values":
+            torch.save({**state, "norm.weight": torch.empty(48, device="meta")}, path)
+            return path, "norm.weight has no values; expected floating-point numbers"
         case "too large":
             torch.save({**state, "norm.weight": torch.full((48,), 1e300, dtype=torch.float64)}, path)
             return path, "norm.weight holds values that are not finite in float32"
@@ -102,9 +108,9 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
 
 
 KINDS = (
-    "missing", "truncated", "damaged", "a counter among them", "one position", "no class", "no blocks", "empty",
-    "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers",
-    "complex numbers", "sparse", "too large", "another model", "missing keys", "unknown keys", "a wrong shape", "not finite",
+    "missing", "truncated", "damaged", "a counter among them", "one position", "no square", "no class", "no blocks", "empty",
+    "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers", "complex numbers",
+    "sparse", "no values", "too large", "another model", "missing keys", "unknown keys", "a wrong shape", "not finite",
 )  # fmt: skip
 
 
@@ -117,6 +123,24 @@ def test_checkpoints_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [file.name for file in tmp_path.iterdir() if file != path] == []
 
 
+@pytest.mark.parametrize(
+    ("error", "told", "words"),
+    [
+        (PermissionError(13, "Permission denied"), CheckpointError, "cannot be read: no permission"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError, None),
+    ],
+)
+def test_reading_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception], words: str | None) -> None:
+    """A file that is well is not called damaged."""
+
+    def fails(path: Path) -> bool:
+        raise error
+
+    monkeypatch.setattr("enat.models.checkpoint.is_safetensors", fails)
+    with pytest.raises(told, match=words):
+        read_state_dict(TINY.ckpt)
+
+
 def test_sizes_are_read_off_the_shapes(golden: Golden) -> None:
     network = load_network(golden.ckpt, **golden.split)
     case = golden.case
@@ -126,6 +150,13 @@ def test_sizes_are_read_off_the_shapes(golden: Golden) -> None:
     assert load_tokenizer(golden.vqgan).config.codes == case["codebook_size"]
     with pytest.raises(CheckpointError, match="not a VQGAN"):
         load_tokenizer(golden.ckpt)
+
+
+def test_a_tokenizer_of_widths_that_its_norms_do_not_divide(tmp_path: Path) -> None:
+    state, key = read_state_dict(TINY.vqgan), "encoder.down.0.block.0.conv1.weight"
+    torch.save({**state, key: torch.zeros(48, *state[key].shape[1:])}, tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match=r"widths \[48, .*\], expected multiples of 32"):
+        load_tokenizer(tmp_path / "vqgan.ckpt")
 
 
 def test_defaults_of_heads_and_depth(tmp_path: Path) -> None:
@@ -193,6 +224,16 @@ def test_a_preset_is_of_its_sizes(tmp_path: Path) -> None:
     refused(
         export("--ckpt", tmp_path / "net.pth", "--preset", "enat-l-256", "--out", tmp_path / "x"), "its width is 128, the preset's 1024"
     )
+    state = read_state_dict(TINY.ckpt, UNUSED)
+    own = network_config(state, TINY.ckpt, heads=3)
+    for size, words in (
+        ("codes", "number of codes is 256"),
+        ("num_classes", "number of classes is 10"),
+        ("decoder_depth", "number of blocks is 5"),
+    ):
+        preset = dataclasses.replace(PRESETS["enat-l-256"], config=dataclasses.replace(own, **{size: 9}))
+        with pytest.raises(CheckpointError, match=words):
+            network_config(state, TINY.ckpt, preset=preset)
 
 
 def test_presets() -> None:
@@ -200,4 +241,6 @@ def test_presets() -> None:
         names = preset_class_names(preset)
         assert len(names) == len(set(names)) == preset.config.num_classes
     assert (names[207], names[88], names[0], names[999]) == ("golden retriever", "macaw", "tench", "toilet tissue")
-    assert vars(PRESETS["enat-l-512"].sampling) == {"steps": 8, "cfg_scale": 3.5, "mask_temp": 1.5, "samp_temp": 4.0}
+    for name, grid, scale, temperature in (("enat-l-256", 16, 2.5, 6.0), ("enat-l-512", 32, 3.5, 4.0)):
+        assert dataclasses.astuple(PRESETS[name].config) == (grid, 1024, 16, 22, 2, 1024, 1000)
+        assert vars(PRESETS[name].sampling) == {"steps": 8, "cfg_scale": scale, "mask_temp": 1.5, "samp_temp": temperature}

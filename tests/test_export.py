@@ -15,16 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+import torch
 from click.testing import Result
 from conftest import DATA, invoke, read_golden, refused
 
 from enat import Pipeline
-from enat.errors import ExportError
+from enat.errors import ExportError, InputError
+from enat.export import verify
 from enat.export.cli import main
-from enat.export.directory import put_in_place
+from enat.export.directory import name_leftovers, put_in_place
+from enat.export.tables import sampler_graph
+from enat.graph_file import save
 from enat.models.checkpoint import read_state_dict
-from enat.runtime.manifest import FILE
+from enat.models.config import NetworkConfig
+from enat.runtime.manifest import FILE, sha256
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 TINY = read_golden("tiny")
@@ -96,7 +102,7 @@ def test_manifest(engines: Callable[[str], Path]) -> None:
     }  # fmt: skip
     assert manifest["sampling"] == TINY.sampling
     assert (manifest["precision"], manifest["float_type"], manifest["opset"]) == ("fp32", "float32", 20)
-    assert len(manifest["source"]["checkpoint_sha256"]) == 64
+    assert manifest["source"] == {"checkpoint_sha256": sha256(TINY.ckpt), "tokenizer_sha256": sha256(TINY.vqgan)}
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -193,6 +199,32 @@ def test_a_swap_that_stops_half_way(engine_copy: Path, monkeypatch: pytest.Monke
     assert {path.name: path.read_bytes() for path in engine_copy.iterdir()} == before
 
 
+def test_an_old_engine_that_cannot_be_put_back_is_kept(engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in engine_copy.iterdir()}
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == engine_copy:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr("enat.runtime.files.exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ExportError, match="Input/output error"), put_in_place(engine_copy, force=True) as folder:
+        (folder / FILE).write_text("{}")
+    (old,) = engine_copy.parent.iterdir()
+    assert old.name.endswith(".old") and {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_what_came_while_an_engine_was_made_stays(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    with pytest.raises(InputError, match="engine: exists; --force replaces it"), put_in_place(out, force=False) as folder:
+        (folder / FILE).write_text("{}")
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert (out / "thesis.txt").read_text() == "years of work" and [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
 def test_what_a_killed_export_left_is_named(engine_copy: Path) -> None:
     names = [".engine.1234abcd.partial", ".engine.1234abcd.old", ".engine.1234abcd.float32", "..engine.1234abcd.float32.1234abcd.partial"]
     for name in (*names, ".other.1234abcd.partial", ".engine.int8.1234abcd.partial"):
@@ -204,6 +236,9 @@ def test_what_a_killed_export_left_is_named(engine_copy: Path) -> None:
     assert [line.partition(": another export writes here, or was killed")[0] for line in lines] == [
         f"Warning: {engine_copy.with_name(name)}" for name in sorted(names)
     ]
+    with pytest.warns(RuntimeWarning) as told:
+        name_leftovers(engine_copy, own=engine_copy.with_name(names[2]))
+    assert len(told) == len(names) - 1 and not any(str(one.message).startswith(str(engine_copy.with_name(names[2]))) for one in told)
 
 
 def test_where_an_engine_does_not_go(engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +261,16 @@ def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_class_names_as_windows_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mark of the byte order in front, and a blank line at the end."""
     names, found = tmp_path / "names.txt", []
-    names.write_bytes("\ufeffé 0\r\nclass 1\r\n".encode())
+    names.write_bytes("\ufeffé 0\r\nclass 1\r\n\r\n".encode())
+    asked = ("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names)
+    refused(export(*asked, "--out", tmp_path / "engine"), "expected 10 class names, got 2")
     monkeypatch.setattr("enat.export.engine.export_engine", lambda *rest, class_names, **options: found.extend(class_names))
-    assert export("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names, "--out", tmp_path / "engine").exit_code == 0
+    assert export(*asked, "--out", tmp_path / "engine").exit_code == 0
     assert found == ["é 0", "class 1"]
     names.write_bytes("é".encode("latin-1"))
-    refused(export("--ckpt", TINY.ckpt, *SPLIT, "--class-names", names, "--out", tmp_path / "x"), "names.txt: expected UTF-8 text")
+    refused(export(*asked, "--out", tmp_path / "x"), "names.txt: expected UTF-8 text")
 
 
 def test_an_interrupted_export_leaves_nothing(engine_copy: Path, smallest: tuple[object, ...]) -> None:
@@ -254,8 +292,6 @@ def test_an_interrupted_export_leaves_nothing(engine_copy: Path, smallest: tuple
 def test_a_graph_that_computes_something_else_is_not_put_in_place(
     tmp_path: Path, smallest: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from enat.export import verify
-
     right = verify.log_softmax
     monkeypatch.setattr(verify, "log_softmax", lambda logits: right(1.1 * logits))
     result = export(*smallest, "--out", tmp_path / "engine")
@@ -266,11 +302,6 @@ def test_a_graph_that_computes_something_else_is_not_put_in_place(
 @pytest.mark.parametrize(("grid", "codes"), [(2, 2), (8, 512), (16, 8192), (32, 1024)])
 def test_samplers_of_any_size_keep_their_rule(tmp_path: Path, grid: int, codes: int) -> None:
     """Many codes, whose cumulative sums are rounded in many places; and what departs from the rule is found."""
-    from enat.export import verify
-    from enat.export.tables import sampler_graph
-    from enat.graph_file import save
-    from enat.models.config import NetworkConfig
-
     save(sampler_graph(grid**2, codes), tmp_path / "sampler.onnx")
     config = NetworkConfig(grid, 8, 1, 1, 1, codes, 3)
     assert verify.check_sampler(tmp_path / "sampler.onnx", verify.sampler_cases(config)).largest_error < 1e-4
@@ -292,6 +323,55 @@ def test_samplers_of_any_size_keep_their_rule(tmp_path: Path, grid: int, codes: 
     assert verify.sampler_error(inputs, {**found, "masked_positions": found["masked_positions"][:, ::-1]}) < 1e-4  # in any order
 
 
+def test_no_code_without_probability_is_drawn(tmp_path: Path) -> None:
+    """Not even where the noise is 0: a cumulative sum that is not above it stands for no code."""
+    save(sampler_graph(4, 3), tmp_path / "sampler.onnx")
+    inputs: dict[str, object] = {
+        "logits": np.tile(np.array([-1e4, -1e4, 0], np.float32), (1, 4, 1)),
+        "positions": np.arange(4)[None],
+        "keep": np.array(0),
+        **{name: np.zeros((1, 4), np.float32) for name in ("choice_noise", "confidence_noise")},
+        **{name: np.array(1, np.float32) for name in ("guidance", "sampling_temperature", "mask_temperature")},
+    }
+    (tokens,) = ort.InferenceSession(tmp_path / "sampler.onnx").run(["tokens"], inputs)
+    assert tokens.tolist() == [[2] * 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "words"),
+    [
+        (4.0, lambda x: 1.001 * x.sqrt(), "y differs from PyTorch by 9.99e-04, expected at most 1e-04"),
+        (-1.0, torch.zeros_like, "y differs from PyTorch by nan"),
+        (4.0, lambda x: x.sqrt().double(), r"expected float64 \[1\], the graph gives float32 \[1\]"),
+        (4.0, lambda x: x.sqrt()[None], r"expected float32 \[1, 1\], the graph gives float32 \[1\]"),
+    ],
+)
+def test_graphs_that_differ_from_pytorch_are_refused(
+    tmp_path: Path, value: float, reference: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    text = '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (float[n] y) { y = Sqrt(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    assert verify.check_graph(tmp_path / "g.onnx", torch.sqrt, iter([{"x": torch.tensor([4.0])}])).largest_error < 1e-6
+    with pytest.raises(ExportError, match=words):
+        verify.check_graph(tmp_path / "g.onnx", reference, iter([{"x": torch.tensor([value])}]))
+
+
+def test_whole_numbers_may_hardly_differ() -> None:
+    """Few pixels by one level, none by more, and next to no token."""
+    pixels, tokens = np.full(1000, 7, np.uint8), np.arange(1000)
+    for wanted, places, other, allowed in (
+        (pixels, 10, 8, True),
+        (pixels, 20, 8, False),
+        (pixels, 1, 9, False),
+        (tokens, 1, 5, True),
+        (tokens, 2, 5, False),
+    ):
+        found = wanted.copy()
+        found[:places] = other
+        error, limit = verify.difference(found, wanted)
+        assert (error <= limit) == allowed, (wanted.dtype, places, other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -301,6 +381,8 @@ def test_samplers_of_any_size_keep_their_rule(tmp_path: Path, grid: int, codes: 
         (["--preset", "enat-l-256"], ["its grid is 8, the preset's 16"]),
         (["--preset", "enat-s"], ["enat-s"]),
         ([*SPLIT, "--steps", "65"], ["1 to 64 steps, got 65"]),
+        ([*SPLIT, "--steps", "4,8"], ["expected one number of --steps, got 4,8; more of them go with --tensorrt"]),
+        ([*SPLIT, "--max-batch", "4"], ["--max-batch goes with --tensorrt"]),
         ([*SPLIT, "--image-encoder"], ["--image-encoder goes with --vqgan"]),
         ([*SPLIT, "--guidance", "-1"], ["guidance of 0 to 1e6, got -1.0"]),
         ([*SPLIT, "--vqgan", str(DATA / "odd" / "vqgan.ckpt")], ["256 codes but the tokenizer has 128"]),

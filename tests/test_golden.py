@@ -11,7 +11,11 @@ import torch
 from conftest import Golden
 
 from enat.benchmarks.reference import Branch, run_network
+from enat.export.graphs import ImageEncoderGraph
 from enat.models.checkpoint import load_network, load_tokenizer
+from enat.models.config import NetworkConfig
+from enat.models.network import Network, normalize
+from enat.models.tokenizer import to_uint8
 from enat.runtime.backends import Lane, open_backend
 from enat.runtime.manifest import read_manifest
 from enat.runtime.schedule import Step, schedule
@@ -67,6 +71,14 @@ def test_network(golden: Golden) -> None:
             np.testing.assert_allclose(logits, wanted["logits"], atol=TOLERANCE, rtol=0)
 
 
+def test_what_norms_add_to_variances() -> None:
+    """As published: too little to be seen in results of common size."""
+    one = Network(NetworkConfig(2, 8, 1, 1, 1, 4, 3))
+    assert (one.x_embedder.LayerNorm.eps, one.prev_proj.norm.eps) == (1e-6, 1e-6)
+    assert (one.norm.eps, one.mlm_layer.ln.eps) == (1e-5, 1e-5)
+    assert torch.allclose(normalize(torch.tensor([-1e-3, 1e-3])), torch.tensor([-1.0, 1.0]) * 0.5**0.5)
+
+
 def test_benchmark_reference(golden: Golden) -> None:
     """What speed is compared with computes what the published code does: the logits of all positions, on both branches."""
     network = load_network(golden.ckpt, **golden.split)
@@ -90,6 +102,20 @@ def test_tokenizer(golden: Golden) -> None:
         encoded = tokenizer.encode(torch.from_numpy(case["image"]))
     np.testing.assert_allclose(decoded, case["decoded"], atol=TOLERANCE, rtol=0)
     assert np.array_equal(encoded.reshape(case["encoded"].shape), case["encoded"])
+
+
+def test_pixels_are_the_nearest_levels() -> None:
+    """From 0 to 1 and 0 to 255, out and in."""
+    values = torch.tensor([-0.2, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.3])
+    assert to_uint8(values.repeat(1, 3, 1, 1))[0, 0, :, 0].tolist() == [0, 0, 0, 1, 255, 255, 255]
+
+    class Given(torch.nn.Module):
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    found = ImageEncoderGraph(Given())(levels.repeat(1, 1, 3, 1).mT)  # type: ignore[arg-type]
+    assert torch.allclose(found, torch.tensor([0, 0.2, 1]).repeat(1, 3, 1, 1))
 
 
 @pytest.fixture

@@ -68,15 +68,28 @@ def test_slices_along_several_axes_are_joined(first: tuple[str, ...], second: tu
     assert found.size and np.array_equal(expected, found)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_blocks_of_whole_channels(shared: bool) -> None:
-    """The weights' order and the operator's mode change together; weights that another convolution uses stay as they are."""
+@pytest.mark.parametrize(
+    "uses", ["x = Slice(a, s, e, i, k) y = Slice(x, s, e, j, k) z = Neg(x)", "z = Slice(a, s, e, i, k) y = Slice(z, s, e, j, k)"]
+)
+def test_a_slice_that_more_than_the_next_one_reads_stays(uses: str) -> None:
+    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[2, 4, 6] a) => (float[p, q, r] y, float[p, q, r] z)
+    <int64[1] s = {{1}}, int64[1] e = {{-1}}, int64[1] i = {{1}}, int64[1] j = {{2}}, int64[1] k = {{1}}> {{ {uses} }}"""
+    traced = ir.from_proto(onnx.parser.parse_model(text))
+    before = ir.to_proto(traced)
+    join_slices(traced)
+    assert ir.to_proto(traced) == before
+
+
+@pytest.mark.parametrize(("another", "mode"), [("Identity(a)", b"DCR"), ("Conv<kernel_shape = [2, 2]>(a, w)", b"CRD"), ("Neg(x)", b"CRD")])
+def test_blocks_of_whole_channels(another: str, mode: bytes) -> None:
+    """The weights' order and the operator's mode change together; weights that another convolution uses stay as they are, and so do those
+    of channels that something else reads.
+    """
     rng = np.random.default_rng(0)
-    another = "z = Conv<kernel_shape = [2, 2]>(a, w)" if shared else "z = Identity(a)"
     text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[b, 3, 5, 5] a) => (float[b, 2, 8, 8] y, float[b, m, p, q] z) {{
       x = Conv<kernel_shape = [2, 2]>(a, w, c)
       y = DepthToSpace<blocksize = 2, mode = "CRD">(x)
-      {another}
+      z = {another}
     }}"""
     model = onnx.parser.parse_model(text)
     weights = {"w": rng.random((8, 3, 2, 2), np.float32), "c": rng.random(8, np.float32)}
@@ -85,10 +98,10 @@ def test_blocks_of_whole_channels(shared: bool) -> None:
     shuffle_whole_channels(traced)
     result = ir.to_proto(traced)
     modes = [onnx.helper.get_node_attr_value(node, "mode") for node in result.graph.node if node.op_type == "DepthToSpace"]
-    assert modes == [b"CRD" if shared else b"DCR"]
+    assert modes == [mode]
     inputs = {"a": rng.random((2, 3, 5, 5), np.float32)}
-    expected, found = (ReferenceEvaluator(one).run(["y"], inputs)[0] for one in (model, result))
-    assert np.allclose(expected, found, atol=1e-6)
+    for expected, found in zip(*(ReferenceEvaluator(one).run(None, inputs) for one in (model, result)), strict=True):
+        assert np.allclose(expected, found, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [(32,), (32, 64), (32, 32, 64)])
