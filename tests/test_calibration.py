@@ -18,6 +18,7 @@ from enat import Pipeline
 from enat.calibration.calibrate import (
     Settings,
     calibrate,
+    fingerprint,
     load_calibration,
     measure_harm,
     named_groups,
@@ -28,16 +29,17 @@ from enat.calibration.calibrate import (
 from enat.calibration.products import Graphs, Group, Product, find_groups, find_products, int8_share, load_graphs, multiply_adds
 from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, quantize, quantize_channels, quantize_columns, quantize_tables
 from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedLane, harms, keep_float
-from enat.calibration.smooth import factors, smooth
+from enat.calibration.smooth import LARGEST_FACTOR, factors, smooth
 from enat.calibration.statistics import BINS, Statistic, entropy, min_max, percentile
 from enat.calibration.tapped import TappedLane
-from enat.calibration.trajectory import Trajectory, divergence, record, replay, replayed_logits, spread_labels
+from enat.calibration.trajectory import Trajectory, divergence, guided, record, replay, replayed_logits, spread_labels
 from enat.errors import ExportError, InputError
-from enat.export.convert import Precision, convert_engine
+from enat.export.convert import Precision, calibration_labels, convert_engine
 from enat.export.directory import write_manifest
 from enat.export.layers import layer_errors
 from enat.runtime.backends.onnxruntime_cpu import OnnxRuntimeLane
 from enat.runtime.manifest import FILE
+from enat.runtime.schedule import schedule
 
 SEED = 7
 
@@ -89,6 +91,7 @@ def test_ranges() -> None:
     assert min_max(statistic) == pytest.approx(np.abs(values).max(), rel=1e-6)
     for share in (50, 99, 99.99):
         assert percentile(statistic, share) == pytest.approx(np.percentile(np.abs(values), share), abs=2 * statistic.limit / BINS)
+    assert percentile(statistic) == percentile(statistic, 99.99)
     assert min_max(Statistic()) == entropy(Statistic()) == 0
     assert min_max(filled(np.zeros(5))) == percentile(filled(np.zeros(5))) == 0
 
@@ -207,6 +210,14 @@ def test_divergence() -> None:
     assert np.allclose(divergence(other, logits), (p * np.log(p / q)).sum(-1))
 
 
+def test_guidance_leads_from_the_logits_without_a_class() -> None:
+    """As conditional + guidance · (conditional − unconditional), the conditional rows first; without guidance there are no others."""
+    step = dataclasses.replace(schedule(4, 2, 1.0, 1.0, 1.0)[1], guidance=2.0)
+    logits = np.array([[[1.0, 5.0]], [[0.5, 6.0]]], np.float32)
+    assert guided(logits, step, 1).tolist() == [[[1 + 2 * 0.5, 5 - 2 * 1.0]]]
+    assert guided(logits[:1], step, 1).tolist() == [[[1.0, 5.0]]]
+
+
 def test_multiply_adds(pipe: Pipeline, graphs: Graphs, groups: list[Group], trajectories: list[Trajectory], tmp_path: Path) -> None:
     """Counted from the schedule as from the numbers that the products really give."""
     one = trajectories[0]
@@ -251,18 +262,28 @@ def test_smoothing_changes_no_result(
 
 
 def test_smoothing_evens_channels_out(graphs: Graphs, groups: list[Group]) -> None:
+    """By as much of the inputs' range as is asked for, and never by more than float16 holds."""
     group = next(group for group in groups if group.name.endswith("mlp.fc1") and group.graph == "decoder")
     weights = graphs["decoder"].graph.initializers[f"{group.name}.weight"].const_value
     assert weights is not None
+
+    def values(channels: np.ndarray, alpha: float) -> np.ndarray:
+        statistic = Statistic()
+        statistic.add(channels[None], -1)
+        found = factors(graphs, group, statistic, alpha)
+        assert found is not None
+        return found.values
+
     channels = np.ones(weights.shape[0], np.float32)
     channels[3] = 100
-    statistic = Statistic()
-    statistic.add(channels[None], -1)
-    found = factors(graphs, group, statistic, 0.5)
-    assert found is not None
-    divided = channels / found.values
+    divided = channels / values(channels, 0.5)
     assert divided.max() / np.median(divided) < 15
-    assert np.exp(np.log(found.values).mean()) == pytest.approx(1, rel=1e-4)
+    assert np.exp(np.log(values(channels, 0.5)).mean()) == pytest.approx(1, rel=1e-4)
+    channels = np.exp(np.random.default_rng(0).normal(size=len(channels))).astype(np.float32)
+    wanted = channels**0.7 / np.abs(weights.numpy()).max(1) ** 0.3
+    assert np.allclose(values(channels, 0.7), wanted / np.exp(np.log(wanted).mean()), rtol=1e-4)
+    channels[3] = 1e12
+    assert values(channels, 0.7).max() == LARGEST_FACTOR
 
 
 def ranges_of(groups: Sequence[Group], limit: float = 4.0) -> dict[tuple[str, str], float]:
@@ -374,6 +395,8 @@ def test_calibration_is_deterministic(pipe: Pipeline, graphs: Graphs, trajectori
     smoothed, quantized = quantized_graphs(graphs, pipe.manifest, read, pipe.schedule())
     assert int8_share(find_products(quantized), pipe.schedule()) == 1
     assert int8_share(find_products(smoothed), pipe.schedule()) == 0
+    shuffles = [sum(node.op_type == "DepthToSpace" for node in one["image_decoder"].graph) for one in (smoothed, quantized)]
+    assert shuffles[0] > shuffles[1] == 0  # levels are moved to their places, not floats
     assert not any(path.is_dir() for path in tmp_path.iterdir())  # copies of graphs are gone
 
 
@@ -418,6 +441,17 @@ def test_a_calibration_of_another_engine(
         load_calibration(file, pipe.manifest, SETTINGS, graphs)
 
 
+def test_engines_are_told_apart(pipe: Pipeline) -> None:
+    """By how they sample, and by the condition graph too, whose tables take the smoothing up."""
+    one = pipe.manifest
+    entry = {**one.files["condition.onnx"], "sha256": "0" * 64}
+    others = (
+        dataclasses.replace(one, sampling=dataclasses.replace(one.sampling, steps=one.sampling.steps + 1)),
+        dataclasses.replace(one, files={**one.files, "condition.onnx": entry}),
+    )
+    assert len({fingerprint(manifest) for manifest in (one, *others)}) == 3
+
+
 def test_what_the_engine_s_own_settings_do_not_reach_is_learned_too(engine_copy: Path, tmp_path: Path) -> None:
     """With one step by default nothing is ever encoded, and without guidance there is no null class; but others may be asked for."""
     content = json.loads((engine_copy / FILE).read_text())
@@ -456,6 +490,9 @@ def test_labels_are_spread(pipe: Pipeline) -> None:
     assert len(set(spread_labels(model, model.num_classes - 1))) == model.num_classes - 1
     assert set(spread_labels(model, 3 * model.num_classes)) == set(range(model.num_classes))
     assert spread_labels(model, 5, [1, 2]) == [1, 2, 1, 2, 1]
+    learned = calibration_labels(model, Settings())
+    assert sorted(learned) == sorted(spread_labels(model, Settings().images)) != learned  # the first few are spread too
+    assert set(calibration_labels(model, Settings(images=8, classes=("1", "2")))) == {1, 2}
     with pytest.raises(InputError, match="too few"):
         spread_labels(model, 1, [1, 2])
 

@@ -20,9 +20,10 @@ from conftest import invoke, list_anew, read_golden, refused
 
 from enat import Pipeline
 from enat.calibration.calibrate import Settings
-from enat.calibration.products import load_graphs
+from enat.calibration.products import Graphs, load_graphs
 from enat.calibration.smooth import ALPHA, with_initializers
 from enat.errors import ExportError, InputError
+from enat.export import convert
 from enat.export.cli import main as export_main
 from enat.export.compare import compare
 from enat.export.convert import Precision, convert_engine
@@ -32,7 +33,7 @@ from enat.export.tables import int8_probe
 from enat.graph_file import save
 from enat.runtime.backends import onnxruntime_cpu
 from enat.runtime.backends.int8_kernels import PROBE
-from enat.runtime.manifest import FILE, read_manifest
+from enat.runtime.manifest import FILE, Manifest, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 NETWORK_FILES = ("condition.onnx", "encoder.onnx", "decoder.onnx", "image_decoder.onnx")
@@ -104,7 +105,8 @@ def test_the_runtime_draws_as_ever(name: str, request: pytest.FixtureRequest, tm
 
 @pytest.mark.parametrize("case", ["tiny", "odd"])
 def test_float16_of_the_golden_cases(case: str, engines: Callable[[str], Path], tmp_path: Path) -> None:
-    convert_engine(engines(case), tmp_path / "fp16", Precision("fp16"))
+    compared = convert_engine(engines(case), tmp_path / "fp16", Precision("fp16"), Settings(seed=5))
+    assert compared.seed == 2**32 + 5  # other pictures than those that it learned from
     with Pipeline.load(tmp_path / "fp16") as engine, Pipeline.load(engines(case)) as reference:
         found = compare(engine, reference, images=8)
     assert found.divergence < 1e-4
@@ -152,6 +154,50 @@ def test_what_overflows_stays_float32(engine_copy: Path, tmp_path: Path) -> None
         Pipeline.load(engine_copy) as reference,
     ):
         compare(broken, reference, images=4)
+
+
+def test_a_broken_float32_engine(engine_copy: Path, tmp_path: Path) -> None:
+    model, name = load_graphs(read_manifest(engine_copy), ("image_decoder",))["image_decoder"], "decoder.conv_in.weight"
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    values = tensor.numpy().copy()
+    values[0, 0, 0, 0] = np.nan
+    save(with_initializers(model, {name: values}), engine_copy / "image_decoder.onnx")
+    list_anew(engine_copy)
+    with pytest.raises(ExportError, match=r"image_decoder\.onnx: .* not finite: the float32 engine itself is broken"):
+        convert_engine(engine_copy, tmp_path / "int8", Precision("int8"), Settings(images=8, float_layers=()))
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [("WORST_DIVERGENCE", 0.0, "nats: it would draw something else"), ("WORST_PSNR", 99.0, "dB from float32's: something else")],
+)
+def test_an_engine_that_draws_something_else_is_not_put_in_place(
+    engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float, message: str
+) -> None:
+    monkeypatch.setattr(convert, limit, value)
+    with pytest.raises(ExportError, match=message):
+        convert_engine(engines("tiny"), tmp_path / "fp16", Precision("fp16"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float16_is_chosen_by_what_smoothing_made(engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of the smoothed graphs are watched, as those are quantized."""
+
+    class Watched(Exception):
+        pass
+
+    def watched(manifest: Manifest, graphs: Graphs, *rest: object) -> None:
+        raise Watched(graphs)
+
+    monkeypatch.setattr(convert, "magnitudes", watched)
+    with pytest.raises(Watched) as seen:
+        convert_engine(engines("tiny"), tmp_path / "x", Precision("int8", "fp16"), Settings(images=8, float_layers=()))
+    tables = [
+        graphs["condition"].graph.initializers["encoder_modulation_table"].const_value.numpy()
+        for graphs in (seen.value.args[0], load_graphs(read_manifest(engines("tiny"))))
+    ]
+    assert not np.array_equal(*tables)
 
 
 def test_features_that_overflow_are_refused(engine_copy: Path, tmp_path: Path) -> None:
@@ -202,23 +248,45 @@ def test_ranges_of_float16() -> None:
     assert out_of_range(65504) and out_of_range(1e-6) and out_of_range(float("inf"))
 
 
-def test_channels_that_are_next_to_nothing() -> None:
+def held_in_float16(graph: str, **constants: np.ndarray) -> dict[str, np.ndarray]:
+    """The constants of a graph in float16."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {graph}')
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for name, one in constants.items())
+    narrow = ir.to_proto(to_float16(ir.from_proto(onnx.shape_inference.infer_shapes(model))))
+    return {one.name: onnx.numpy_helper.to_array(one) for one in narrow.graph.initializer}
+
+
+PRODUCT = """(float[n, 4] x) => (float[n, 3] logits) {
+  w = DequantizeLinear<axis = 1>(levels, scales)
+  y = MatMul(x, w)
+  logits = Identity(y)
+}"""
+CONVOLUTION = """(float[n, 4, 5, 5] x) => (float[n, 3, 5, 5] images) {
+  w = DequantizeLinear<axis = 0>(levels, scales)
+  y = Conv(x, w)
+  images = Identity(y)
+}"""
+
+
+@pytest.mark.parametrize("graph", [PRODUCT, CONVOLUTION])
+def test_channels_that_are_next_to_nothing(graph: str) -> None:
     """float16 holds no scale for them; levels of another scale are as near."""
-    text = """<ir_version: 10, opset_import: ["": 20]> g (float[n, 4] x) => (float[n, 3] logits) {
-      w = DequantizeLinear<axis = 1>(levels, scales)
-      y = MatMul(x, w)
-      logits = Identity(y)
-    }"""
     levels = np.array([[127, 127, -127], [-50, 60, 1], [0, 2, 3], [4, 5, 6]], np.int8)
     scales = np.array([0.01, 1e-12, 3e-7], np.float32)
-    model = onnx.parser.parse_model(text)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(one, name) for one, name in ((levels, "levels"), (scales, "scales")))
-    narrow = ir.to_proto(to_float16(ir.from_proto(onnx.shape_inference.infer_shapes(model))))
-    held = {one.name: onnx.numpy_helper.to_array(one) for one in narrow.graph.initializer}
+    held = held_in_float16(graph, levels=levels if graph is PRODUCT else levels.T[..., None, None], scales=scales)
+    found = held["levels"] if graph is PRODUCT else held["levels"][..., 0, 0].T
     assert held["scales"].dtype == np.float16 and held["scales"].min() > 0
-    error = held["levels"] * held["scales"].astype(np.float32) - levels * scales
+    error = found * held["scales"].astype(np.float32) - levels * scales
     assert (np.abs(error).max(0) <= [0.01 * 127 * 2**-11, 5e-7, 5e-7]).all()
-    assert np.array_equal(held["levels"][:, 0], levels[:, 0])
+    assert np.array_equal(found[:, 0], levels[:, 0])
+
+
+def test_weights_that_float16_does_not_hold() -> None:
+    """They stay float32: those of floats, and those that levels and scales make together."""
+    held = held_in_float16(PRODUCT, levels=np.full((4, 3), 100, np.int8), scales=np.full(3, 1000, np.float32))
+    assert held["scales"].dtype == np.float32
+    held = held_in_float16("(float[n, 2] x) => (float[n, 2] y) { y = MatMul(x, w) }", w=np.full((2, 2), 1e5, np.float32))
+    assert np.array_equal(held["w"], np.full((2, 2), 1e5, np.float32))
 
 
 def test_weights_of_7_bits(int7: Path, bundled: Pipeline) -> None:
@@ -299,6 +367,7 @@ def test_wrong_arguments_of_enat_export(int8: Path, tmp_path: Path, monkeypatch:
     refused(invoke(export_main, "--out", tmp_path / "out"), "either --ckpt or --engine")
     refused(export(), "expected --precision fp16 or int8")
     refused(export("--precision", "fp16", "--heads", 3), "--heads goes with --ckpt")
+    refused(export("--precision", "fp16", "--steps", 4), "--steps goes with --ckpt or --tensorrt; an engine brings its own")
     refused(export("--precision", "fp16", "--calibration-images", 9), "--calibration-images goes with --precision int8")
     refused(export("--precision", "fp16", "--float-type", "fp16"), "--float-type goes with --precision int8")
     refused(export("--precision", "int8", "--calibration-images", 3), "3 calibration images are too few; expected at least 8")
@@ -349,13 +418,14 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_precision_in_one_go_with_a_checkpoint(tmp_path: Path, smallest: tuple[object, ...]) -> None:
     result = invoke(
-        export_main, *smallest, "--vqgan", read_golden("tiny").vqgan, "--precision", "int8",
+        export_main, *smallest, "--vqgan", read_golden("tiny").vqgan, "--no-image-encoder", "--precision", "int8",
         "--float-type", "fp16", "--calibration-images", 8, "--modulation", "float", "--out", tmp_path / "int8",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
     with Pipeline.load(tmp_path / "int8") as pipe:
         assert pipe.manifest.precision == "int8" and pipe.manifest.float_type == "float16"
+        assert not pipe.manifest.has("image_encoder.onnx")
         assert pipe.generate([1], seed=1).shape == (1, pipe.manifest.model.image_size, pipe.manifest.model.image_size, 3)
 
 

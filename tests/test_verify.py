@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +15,30 @@ from conftest import invoke, list_anew, refused
 from PIL import Image
 
 from enat import Pipeline
-from enat.calibration.products import load_graphs
+from enat.calibration.products import find_products, int8_share, load_graphs
 from enat.calibration.smooth import with_initializers
 from enat.calibration.trajectory import divergence, record, replayed_logits, spread_labels
 from enat.export.cli import main as export_main
-from enat.export.compare import compare
+from enat.export.compare import compare, engine_bytes, replayed, shares
 from enat.export.directory import write_manifest
+from enat.export.layers import layer_errors
 from enat.export.verify_cli import main as verify_main
+from enat.export.verify_cli import misses, side_by_side
 from enat.graph_file import save
 from enat.runtime.manifest import FILE, read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
+
+
+def enlarged(engine: Path, **layers: str) -> Path:
+    """A copy of the bundled engine in which the weights of one layer of each of these graphs are larger by a fifth."""
+    shutil.copytree(BUNDLED_ENGINE, engine)
+    for name, layer in layers.items():
+        model = load_graphs(read_manifest(engine), (name,))[name]
+        tensor = model.graph.initializers[f"{layer}.weight"].const_value
+        assert tensor is not None
+        save(with_initializers(model, {f"{layer}.weight": tensor.numpy() * np.float32(1.2)}), engine / f"{name}.onnx")
+        list_anew(engine)
+    return engine
 
 
 def test_an_engine_against_itself(bundled: Pipeline) -> None:
@@ -63,6 +79,66 @@ def test_a_comparison_sees_what_was_changed(bundled: Pipeline, tmp_path: Path) -
     assert 0.5 < found.top1 < 1
 
 
+def test_figures_of_a_comparison(reference: Pipeline, tmp_path: Path) -> None:
+    """Of an engine whose pictures, features and tokens are others: those of their definitions, worked out from its runs."""
+    layers = {"image_decoder": "decoder.conv_out", "encoder": "prev_proj.mlp.fc2", "decoder": "mlm_layer.words"}
+    with Pipeline.load(enlarged(tmp_path / "engine", **layers), "onnxruntime") as other:
+        found = compare(other, reference, images=3, batch_size=2, keep_pictures=True)
+        labels = spread_labels(reference.manifest.model, 3)
+        tokens, own = (pipe.generate_tokens(labels, seed=0) for pipe in (reference, other))
+        expected, shown, drawn = reference.decode(tokens), other.decode(tokens), other.decode(own)
+        (one,) = record(reference, labels, 0, 3)
+        features, wanted = (replayed(pipe, one)[-1][1] for pipe in (other, reference))
+    errors = ((shown.astype(float) - expected) ** 2).mean((1, 2, 3))
+    assert found.psnr == pytest.approx(10 * np.log10(255**2 / errors.mean()))
+    assert found.least_psnr == pytest.approx(10 * np.log10(255**2 / errors.max()))
+    assert found.tokens_equal == pytest.approx((tokens == own).mean()) and found.tokens_equal < 1
+    assert found.pictures is not None
+    assert np.array_equal(found.pictures[0], expected) and np.array_equal(found.pictures[1], drawn)
+    assert found.step_features[-1] == pytest.approx(np.sqrt(((features - wanted) ** 2).sum() / (wanted**2).sum()), rel=1e-3)
+
+
+def test_a_layer_s_error_is_relative(reference: Pipeline, tmp_path: Path) -> None:
+    with Pipeline.load(enlarged(tmp_path / "engine", decoder="mlm_layer.words"), "onnxruntime") as other:
+        found = layer_errors(other, reference)
+    assert found.pop("mlm_layer.words") == pytest.approx(0.2, rel=1e-4)
+    assert max(found.values()) < 1e-6
+
+
+def test_shares_and_sizes(int7: Path, tmp_path: Path) -> None:
+    """Of an engine with a network in 8 bits and an image decoder in float; the image encoder does not count."""
+    engine = Path(shutil.copytree(int7, tmp_path / "engine"))
+    shutil.copy(BUNDLED_ENGINE / "image_decoder.onnx", engine)
+    with Pipeline.load(list_anew(engine), "onnxruntime") as pipe:
+        found = shares(pipe, pipe.schedule())
+        assert found == {
+            "network": 1,
+            "image_decoder": 0,
+            "all": pytest.approx(int8_share(find_products(load_graphs(pipe.manifest)), pipe.schedule())),
+        }
+        assert engine_bytes(pipe) == size(engine)
+
+
+def size(engine: Path) -> int:
+    return sum(path.stat().st_size for path in engine.glob("*.onnx") if path.stem != "image_encoder")
+
+
+def test_what_was_missed() -> None:
+    figures: Any = SimpleNamespace(divergence=0.1, top1=0.9, psnr=30.0)
+    assert misses(figures, None, None, None) == misses(figures, 0.1, 0.9, 30.0) == []
+    assert misses(figures, 0.09, 0.95, 31.0) == [
+        "divergence 0.1, expected at most 0.09",
+        "top-1 agreement 0.9, expected at least 0.95",
+        "PSNR 30.0 dB, expected at least 31",
+    ]
+
+
+def test_float32_is_above() -> None:
+    expected, found = (np.full((1, 8, 8, 3), level, np.uint8) for level in (0, 200))
+    sheet = np.asarray(side_by_side(expected, found))
+    assert (sheet[:8] == 0).all() and (sheet[-8:] == 200).all()
+
+
 def test_enat_verify(int8: Path, tmp_path: Path) -> None:
     files = tmp_path / "new" / "sheet.png", tmp_path / "another" / "plot.png"
     result = invoke(
@@ -92,7 +168,8 @@ def test_a_sheet_that_no_file_can_hold(fp16: Path, tmp_path: Path) -> None:
 def test_enat_verify_to_read(fp16: Path) -> None:
     result = invoke(verify_main, fp16, "--against", BUNDLED_ENGINE, "--images", 2, "--class", "A", "--class", "B", "--min-top1", 0.9)
     assert result.exit_code == 0, result.stderr
-    for words in ("top-1 agreement", "dB PSNR", "of the tokens are equal", "0.0% of those with constant weights", "of float32's"):
+    share = f"{size(fp16) / size(BUNDLED_ENGINE):.0%} of float32's"
+    for words in ("top-1 agreement", "dB PSNR", "of the tokens are equal", "0.0% of those with constant weights", share):
         assert words in result.stdout
 
 
@@ -126,9 +203,15 @@ def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_pat
     refused(invoke(verify_main, int8, "--against", BUNDLED_ENGINE, "--seed", -1), "a seed of 0 to 2**64 - 1, got -1")
     other = tmp_path / "other"
     shutil.copytree(BUNDLED_ENGINE, other)
-    content = json.loads((other / FILE).read_text())
-    content["source"]["checkpoint_sha256"] = "0" * 64
-    write_manifest(other, content)
-    with pytest.MonkeyPatch.context() as changed:  # before any of them is loaded
-        changed.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
-        refused(invoke(verify_main, int8, "--against", other), "different models: checkpoint_sha256")
+    for section, name, value in (
+        ("source", "checkpoint_sha256", "0" * 64),
+        ("source", "tokenizer_sha256", "0" * 64),
+        ("model", "encoder_depth", 1),
+        ("model", "decoder_depth", 1),
+    ):
+        content = json.loads((BUNDLED_ENGINE / FILE).read_text())
+        content[section][name] = value
+        write_manifest(other, content)
+        with pytest.MonkeyPatch.context() as changed:  # before any of them is loaded
+            changed.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
+            refused(invoke(verify_main, int8, "--against", other), f"different models: {name}")
