@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from conftest import invoke, list_anew
@@ -17,10 +19,10 @@ from tensorrt_stand_in import Refits, StandIn, signatures
 from test_tensorrt_builds import GRAPHS, HERE
 
 from enat.calibration.calibrate import Settings
-from enat.errors import BackendError, ExportError, InputError
+from enat.errors import BackendError, EngineError, ExportError, InputError
 from enat.export.convert import Precision, convert_engine
 from enat.runtime.builds import choose_build
-from enat.runtime.manifest import read_manifest
+from enat.runtime.manifest import FILE, read_manifest
 
 
 def test_signatures_are_read_off_docstrings(trt: Any) -> None:
@@ -175,10 +177,13 @@ def test_builds_that_are_there_are_taken_again(builds: Builds, engine_copy: Path
     assert build() == first != second and build(tf32=True) == second and build() == first
     assert len(builds.configs) == made
     plan = engine_copy / "tensorrt" / first / "decoder.plan"
-    whole = plan.read_bytes()
-    plan.write_bytes(whole[:1])
-    assert build() == first and len(builds.configs) > made
-    assert "built again: " in "".join(lines) and "decoder.plan: 1 bytes, expected" in "".join(lines)
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)  # sizes alone tell nothing
+    for kept, found in ((1, "1 bytes, expected"), (None, "sha256 ")):
+        damaged = bytes(len(plan.read_bytes()))[:kept]
+        plan.write_bytes(damaged)
+        made = len(builds.configs)
+        assert build() == first and len(builds.configs) > made and plan.read_bytes() != damaged
+        assert any(line.startswith("built again: ") and f"decoder.plan: {found}" in line for line in lines)
     monkeypatch.setattr(tensorrt_build, "source_hash", lambda *modules: "another")
     assert build() not in (first, second)
 
@@ -234,13 +239,23 @@ def files(engine: Path) -> dict[Path, bytes]:
 def test_a_build_that_fails_leaves_the_engine_as_it_was(
     builds: Builds, engine_copy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message is TensorRT's first one, and nothing else is printed."""
+    """The message is TensorRT's first one, and nothing else is printed; a full disk is told too."""
+    from enat.export import tensorrt_build
     from enat.export.tensorrt_build import build_engine
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
 
     before = files(engine_copy)
     builds.failing = "no implementation for node Mul_3"
     for _ in range(2):
         with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it: no implementation for node Mul_3$"):
+            build_engine(engine_copy, [8])
+    assert files(engine_copy) == before
+    builds.failing = ""
+    with monkeypatch.context() as changed:
+        changed.setattr(tensorrt_build, "put_in_manifest", full)
+        with pytest.raises(ExportError, match="engine: not built: the disk is full"):
             build_engine(engine_copy, [8])
     assert files(engine_copy) == before
     monkeypatch.setattr(builds.trt, "Runtime", Builds.real_runtime)
@@ -354,7 +369,7 @@ def test_ctrl_c_after_the_last_step_ends_a_build(builds: Builds, engine_copy: Pa
 
 
 def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from enat.export.tensorrt_build import build_engine
+    from enat.export.tensorrt_build import build_engine, check_options
 
     for options, message in (
         ({"weights": "none"}, "unknown weights 'none'; expected included, refittable, stripped"),
@@ -375,6 +390,12 @@ def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.Mo
         changed.setattr(builds.trt, "__version__", "11.3.0.1")
         with pytest.raises(InputError, match=r"TensorRT 11\.3\.0\.1: refittable plans may compute wrongly"):
             build_engine(engine_copy, [8], weights="refittable")
+    monkeypatch.setattr("enat.export.tensorrt_build.device_index", lambda device: 0)
+    with pytest.raises(InputError, match="engine: expected a file"):
+        check_options(timing_cache=engine_copy)
+    with pytest.raises(InputError, match=r"manifest\.json: expected an engine directory"):
+        check_options(refit=engine_copy / FILE)
+    check_options(timing_cache=engine_copy / "new", refit=engine_copy)
     assert builds.configs == []
 
 
@@ -410,5 +431,39 @@ def test_new_weights_without_a_new_build(builds: Builds, engine_copy: Path, tmp_
     refittable = getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)
     assert {call[1][0] for call in config.calls if call[0] == "set_flag"} == ({refittable} if refittable else set())
     assert len(builds.configs) == made
-    with pytest.raises(InputError, match="has no build with these options to refit"):
-        build_engine(new, [4], refit=engine_copy)
+    build_engine(engine_copy, [2])  # not refittable
+    elsewhere = dataclasses.replace(HERE, device="NVIDIA L4", capability="8.9")
+    for steps, options, here in (([4], {}, HERE), ([2], {}, HERE), ([8], {"tf32": True}, HERE), ([8], {}, elsewhere)):
+        monkeypatch.setattr("enat.export.tensorrt_build.platform_of", lambda index, here=here: here)
+        with pytest.raises(InputError, match="has no build with these options to refit"):
+            build_engine(new, steps, refit=engine_copy, **options)
+
+
+def test_a_damaged_plan_is_not_refitted(builds: Builds, engine_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hash would become that of a plan which nobody built."""
+    from enat.export import tensorrt_build
+
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
+    monkeypatch.setattr(tensorrt_build, "refitted", lambda plan, old, new: b"refitted")
+    new = Path(shutil.copytree(engine_copy, tmp_path / "new"))
+    plan = engine_copy / tensorrt_build.build_engine(engine_copy, [8], weights="refittable").plan("condition")
+    plan.write_bytes(bytes(len(plan.read_bytes())))
+    with pytest.raises(EngineError, match=r"condition\.plan: .*the file was altered"):
+        tensorrt_build.build_engine(new, [8], refit=engine_copy)
+
+
+def test_weights_that_a_refit_must_change(trt: Any, tmp_path: Path) -> None:
+    """Those of other values, or of another type, and those that were not there."""
+    from enat.export.tensorrt_graphs import Prepared
+    from enat.export.tensorrt_plan import changed_weights
+
+    zeros, ones = np.zeros(2, np.float32), np.ones(1, np.float32)
+    graphs = []
+    for name, constants in (
+        ("old", {"same": ones, "value": ones, "type": zeros, "gone": ones}),
+        ("new", {"same": ones, "value": 2 * ones, "type": zeros.astype(np.float16), "new": ones}),
+    ):
+        tensors = [onnx.numpy_helper.from_array(values, key) for key, values in constants.items()]
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors)), tmp_path / name)
+        graphs.append(Prepared(tmp_path / name, tmp_path / name))
+    assert changed_weights(*graphs) == ["value", "type", "new"]

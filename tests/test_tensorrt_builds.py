@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from conftest import invoke, modulation
 
 from enat.errors import EngineError, ExportError
 from enat.runtime.builds import Build, BuiltGraph, Platform, choose_build, graph_source, read_builds, unsuited
 from enat.runtime.cli import main as run_main
-from enat.runtime.manifest import Manifest, read_manifest
+from enat.runtime.manifest import FILE, Manifest, file_entries, read_manifest
 from enat.runtime.profiles import graph_profiles
 from enat.serving.graphs import graph_configs
 
@@ -71,6 +72,13 @@ def test_two_builds_at_once_are_both_listed(trt: Any, engine_copy: Path) -> None
     folder.mkdir(parents=True)
     with pytest.raises(ExportError, match="was replaced while its plans were built"):
         put_in_manifest(before, builds[0], folder)
+
+
+def test_batches_that_a_build_is_tuned_for(trt: Any) -> None:
+    """Each up to its best one, above the one before; the last up to the largest."""
+    from enat.export.tensorrt_options import Options
+
+    assert Options((8,), max_batch=16, best_batch=(1, 4, 8)).batches == [(1, 1, 1), (2, 4, 4), (5, 8, 16)]
 
 
 def test_the_key_of_a_build(manifest: Manifest) -> None:
@@ -155,6 +163,20 @@ def test_triton_serves_plans_with_all_their_profiles(trt: Any, engine_copy: Path
     assert config["platform"] == "onnxruntime_onnx" and "model.onnx" in files
 
 
+def test_triton_serves_the_last_build_of_these_graphs(trt: Any, engine_copy: Path) -> None:
+    """Where there is one and a GPU to run it; `keep` sets shapes in plans."""
+    first, last = (make_build(read_manifest(engine_copy), max_batch=size) for size in (2, 3))
+    manifest = listed(engine_copy, first, last)
+    config, files = graph_configs(manifest, "enat", (0,))["enat_sampler"]
+    assert files == {"model.plan": last.plan("sampler")}
+    assert [one["name"] for one in config["input"] if one["is_shape_tensor"]] == ["keep"]
+    entry = {**manifest.files["encoder.onnx"], "sha256": "0" * 64}
+    changed = dataclasses.replace(manifest, files={**manifest.files, "encoder.onnx": entry})
+    for engine, gpus in ((manifest, ()), (changed, (0,))):
+        config, files = graph_configs(engine, "enat", gpus)["enat_sampler"]
+        assert config["platform"] == "onnxruntime_onnx" and files == {"model.onnx": "sampler.onnx"}
+
+
 def test_a_build_of_other_graphs_is_not_used(trt: Any, engine_copy: Path) -> None:
     """The plans of an encoder that has changed since: refused, and removed when the engine is built anew."""
     manifest = listed(engine_copy, make_build(read_manifest(engine_copy)))
@@ -162,6 +184,15 @@ def test_a_build_of_other_graphs_is_not_used(trt: Any, engine_copy: Path) -> Non
     changed = dataclasses.replace(manifest, files={**manifest.files, "encoder.onnx": entry})
     with pytest.raises(EngineError, match=r"encoder\.onnx has changed since it was built"):
         choose_build(changed, HERE)
+    model = onnx.load(engine_copy / "encoder.onnx")
+    model.doc_string = "another"
+    onnx.save(model, engine_copy / "encoder.onnx")
+    content = json.loads((engine_copy / FILE).read_text())
+    content["files"] |= {name: entry for name, entry in file_entries(engine_copy).items() if name == "encoder.onnx"}
+    (engine_copy / FILE).write_text(json.dumps(content))
+    new = make_build(read_manifest(engine_copy))
+    assert [build.id for build in read_builds(listed(engine_copy, new))] == [new.id]
+    assert [path.name for path in (engine_copy / "tensorrt").iterdir()] == [new.id]
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,20 @@ def test_profiles_follow_the_schedule(manifest: Manifest) -> None:
     assert general["features"][0][1] == 0 and general["features"][2] == (32, length, 48)
 
 
+def test_every_range_of_batches_has_profiles(manifest: Manifest) -> None:
+    """Of every graph; one for anything else covers them all."""
+    profiles = graph_profiles(manifest, [4], [(1, 1, 1), (2, 4, 16)], modulation(manifest))
+    rows = {"condition": "labels", "image_encoder": "images"}
+    for graph, own in profiles.items():
+        sizes = [tuple(shape[0] for shape in one[rows.get(graph, "positions")]) for one in own]
+        if graph == "condition":
+            assert sizes == [(1, 2, 2), (2, 8, 32)]
+        elif graph.startswith("image"):
+            assert sizes == [(1, 1, 1), (2, 4, 16)]
+        else:
+            assert {(1, 1, 1), (2, 4, 16)} == set(sizes[:-1]) and sizes[-1] == (1, 1, 16), graph
+
+
 def test_runs_of_other_lengths_share_what_they_can(manifest: Manifest) -> None:
     both = graph_profiles(manifest, [4, 8, 8], [(1, 1, 4)], modulation(manifest))
     separate = [graph_profiles(manifest, [number], [(1, 1, 4)], modulation(manifest)) for number in (4, 8)]
