@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,22 @@ from PIL import Image
 
 from enat import Pipeline
 from enat.benchmarks import slots
-from enat.benchmarks.cli import main, matrix_shares
-from enat.benchmarks.footprint import footprint
+from enat.benchmarks.checkpoints import write_checkpoints
+from enat.benchmarks.cli import load_compared, main, matrix_shares
+from enat.benchmarks.footprint import Footprint, footprint
+from enat.benchmarks.footprint import main as in_the_process
 from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down, measure
+from enat.benchmarks.reference import Branch, generate_tokens, run_network
 from enat.benchmarks.report import growth
 from enat.benchmarks.torch_contenders import CompiledBackend, Reference, TorchModels, torch_contender
 from enat.errors import BackendError
+from enat.export.directory import write_manifest
+from enat.models.checkpoint import load_network, load_tokenizer
+from enat.models.config import NetworkConfig
+from enat.models.network import Network
+from enat.models.tokenizer import TokenizerConfig
 from enat.runtime.manifest import read_manifest
+from enat.runtime.schedule import schedule
 
 Engines = Callable[[str], Path]
 
@@ -111,6 +122,23 @@ def test_shares_of_the_matrix_rate(engines: Engines) -> None:
         assert matrix_shares([engine], [measured], rate=1e9) == {"one": pytest.approx(1.5 * products / 1e9)}
 
 
+def test_the_reference_does_all_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both branches at every step, the first too, on the tokens that are there; guidance leads from the one to the other."""
+    network = load_network(read_golden("tiny").ckpt, 3, 3)
+    calls: list[tuple[list[int], int]] = []
+
+    def counted(network: Network, ids: torch.Tensor, labels: torch.Tensor, previous: Branch | None) -> tuple[torch.Tensor, Branch]:
+        calls.append((labels.tolist(), int((ids == network.config.mask_token).sum())))
+        logits = torch.zeros(*ids.shape, network.config.codes)
+        logits[..., 7 if labels[0] == 1 else 9] = 50
+        return logits, run_network(network, ids, labels, previous)[1]
+
+    monkeypatch.setattr("enat.benchmarks.reference.run_network", counted)
+    steps = schedule(64, 3, 2.0, 0.0, 1.0)
+    assert (generate_tokens(network, [1], steps) == 7).all()
+    assert calls == [(labels, step.masked) for step in steps for labels in ([1], [network.config.null_class])]
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_reference_decodes_in_its_own_precision(engines: Engines, dtype: torch.dtype | None) -> None:
     case = read_golden("tiny")
@@ -121,6 +149,21 @@ def test_the_reference_decodes_in_its_own_precision(engines: Engines, dtype: tor
             module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))  # type: ignore[operator, union-attr]
         Reference("", models, pipeline.schedule, dtype).draw(Case(batch=1, steps=2, pictures=True))
     assert seen == {dtype or torch.float32}
+
+
+def test_pytorch_gets_as_many_threads(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no tokenizer where pictures are not decoded."""
+    case, seen = read_golden("tiny"), []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    with Pipeline.load(engines("tiny"), "onnxruntime") as pipe:
+        for tokens in (False, True):
+            (reference,), _ = load_compared(["reference"], case.ckpt, case.vqgan, pipe, "cpu", 3, tokens)
+            assert isinstance(reference, Reference) and (reference.models.tokenizer is None) == tokens
+    assert seen == [3, 3]
+
+
+def test_a_batch_is_of_different_classes() -> None:
+    assert Case(5, 1, False).labels(3) == [0, 1, 2, 0, 1]
 
 
 def test_contenders_and_cases_take_turns() -> None:
@@ -161,12 +204,84 @@ def test_tables_and_chart(engines: Engines, tmp_path: Path) -> None:
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
     assert "2 pictures, 3 steps, tokens only" in result.stdout
     assert "× reference, float32" in lines[0] and lines[2].split("|")[5].strip() == "1.00"
-    tables = [list(table) for shown, table in groupby(result.stdout.splitlines(), lambda line: line.startswith("|")) if shown]
+    tables = [list(table) for shown, table in itertools.groupby(result.stdout.splitlines(), lambda line: line.startswith("|")) if shown]
     assert len(tables) == 6 and "times as long as with 3 steps" in tables[4][0]
     for table in tables:
         assert len({len(line) for line in table}) == len({line.count("|") for line in table}) == 1
     with Image.open(chart) as picture:
         assert picture.width > 800 and len(picture.getcolors(1 << 24) or []) > 50
+
+
+def test_footprints_in_a_table(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every batch, with the threads that were asked for."""
+    asked: list[tuple[object, ...]] = []
+
+    def taken(engine: Path, backend: str, device: str, threads: int | None, case: Case) -> Footprint:
+        asked.append((backend, threads, case))
+        return Footprint(0.25, 0.5, 4 * 10**9, 10**9, None)
+
+    monkeypatch.setattr("enat.benchmarks.cli.footprint", taken)
+    options = ("--backend", "onnxruntime", "--threads", 1, "--batch", "1,2", "--steps", 1, "--repeats", 1, "--warmup", 0)
+    result = bench("--engine", engines("tiny"), *options)
+    assert result.exit_code == 0, result.output
+    assert asked == [("onnxruntime", 1, Case(batch, 1, True)) for batch in (1, 2)]
+    row = [cell.strip() for cell in result.stdout.splitlines()[-1].split("|")]
+    assert row[2:6] == ["0.25 s", "0.50 s", "1.00 GB (4.00 GB)", "1.00 GB (4.00 GB)"]
+
+
+def test_a_footprint_is_that_of_a_second_process(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one finds cold files and caches."""
+    asked: list[object] = []
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        asked.append(json.loads(command[-1]))
+        facts = {"load": len(asked), "first": 9, "peak_memory": 1, "memory": 1, "device_memory": None}
+        return SimpleNamespace(returncode=0, stdout=f"{json.dumps(facts)}\n", stderr="")
+
+    monkeypatch.setattr("enat.benchmarks.footprint.subprocess", SimpleNamespace(run=run))
+    assert footprint(engines("tiny"), "openvino", "cpu", 3, Case(2, 4, True)).load == 2
+    case = {"batch": 2, "steps": 4, "pictures": True}
+    assert asked == [{"engine": str(engines("tiny")), "backend": "openvino", "device": "cpu", "threads": 3, "case": case}] * 2
+
+
+def test_what_the_process_of_a_footprint_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the batch three times; what it takes at best is no part of loading."""
+    loaded: list[tuple[object, ...]] = []
+    drawn: list[Case] = []
+
+    def load(*arguments: object) -> contextlib.nullcontext[None]:
+        loaded.append(arguments)
+        return contextlib.nullcontext()
+
+    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr("enat.benchmarks.footprint.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setattr(Engine, "draw", lambda self, case: drawn.append(case))
+    case = {"batch": 2, "steps": 4, "pictures": True}
+    found = in_the_process({"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case})
+    assert loaded == [("e", "openvino", "cpu", 3)] and drawn == [Case(2, 4, True)] * 3
+    assert (found.load, found.first) == (4, 5)
+
+
+def test_what_slots_bring_is_counted_in_pictures(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one whenever it is read: twice a picture, and at the end."""
+    load, clock, asked = Pipeline.load, itertools.count(), []
+
+    def loaded(*arguments: Any, **options: Any) -> Pipeline:
+        asked.append(options)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "load", loaded)
+    monkeypatch.setattr(slots, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    rate, wait, _ = slots.serve(engines("tiny"), "onnxruntime", "cpu", 2, 2, 6)
+    assert asked == [{"slots": 2}] and rate == 6 / 13 and 1 <= wait < 13
+
+
+def test_checkpoints_that_are_there_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "nnet_ema.pth").write_bytes(b"mine")
+    sizes = NetworkConfig(2, 64, 1, 1, 1, 4, 3), TokenizerConfig((32,), 1, 1, 4, 8)
+    written = write_checkpoints(tmp_path, *sizes)
+    assert written[0].read_bytes() == b"mine" and load_tokenizer(written[1]).config == sizes[1]
 
 
 def test_names_of_any_kind_and_steps_named_twice(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +410,11 @@ def test_wrong_input(engines: Engines, engine_copy: Path, tmp_path: Path, monkey
     refused(bench(*both), "nnet_ema.pth: its keys are not those of the model")  # the sizes that count are the same
     refused(invoke(slots.main, "--clients", 0), "--clients: expected 1 or more, got 0")
     refused(bench(*engine, "--backend", "tensorrt"), "the backend tensorrt runs on cuda, got the device 'cpu'")
+    content = json.loads((engine_copy / "manifest.json").read_text())
+    content["sampling"]["cfg_scale"] = 9.0
+    write_manifest(engine_copy, content)
+    differ = ("--engine", engine_copy, "--compare", "reference", *with_torch())
+    refused(bench(*engine, *differ), "the engines sample differently by default, so one reference does not serve them")
     (engine_copy / "manifest.json").write_text(without_images(engine_copy))
     (engine_copy / "image_decoder.onnx").unlink()
     refused(bench("--engine", engine_copy), "has no image decoder; --tokens measures it without")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import http.server
 import json
 import os
 import re
+import runpy
+import threading
 import tomllib
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import invoke, refused
+from test_tensorrt_builds import listed, make_build
 
+from enat.runtime.manifest import read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 from enat.serving.cli import main
 from enat.serving.config import Word, pbtxt
+from enat.serving.graphs import files
 
 
 def write(out: Path, *arguments: object) -> Any:
@@ -144,8 +152,14 @@ def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatc
     assert [path.read_text() for path in tmp_path.rglob("mark")] == ["old"]
 
 
-def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "models")
+@pytest.mark.parametrize("mounted", [True, False])
+def test_nothing_is_written_beside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool) -> None:
+    """That is a mount point, or whose own folder may not be written."""
+    access = os.access
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "models")
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
     (tmp_path / "models").mkdir()
     rename = Path.rename
 
@@ -159,13 +173,15 @@ def test_a_repository_that_is_a_mount_point(tmp_path: Path, monkeypatch: pytest.
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["enat", "enat_png"]
 
 
-def test_graphs_of_their_own_have_their_ports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_of_their_own_have_their_ports(tmp_path: Path, request: pytest.FixtureRequest, precision: str) -> None:
     """Names, types and ranks of the configs are those of the graphs."""
     import onnx
 
-    write(tmp_path, "--graphs")
-    kinds = {"TYPE_INT64": "INT64", "TYPE_FP32": "FLOAT", "TYPE_UINT8": "UINT8"}
-    for path in BUNDLED_ENGINE.glob("*.onnx"):
+    engine: Path = BUNDLED_ENGINE if precision == "fp32" else request.getfixturevalue(precision)
+    write(tmp_path, "--engine", engine, "--graphs")
+    kinds = {"TYPE_INT64": "INT64", "TYPE_FP32": "FLOAT", "TYPE_FP16": "FLOAT16", "TYPE_UINT8": "UINT8"}
+    for path in engine.glob("*.onnx"):
         config = (tmp_path / f"enat_{path.stem}" / "config.pbtxt").read_text()
         graph = onnx.load(tmp_path / f"enat_{path.stem}" / "1" / "model.onnx").graph
         rows = re.findall(r'name: "(\w+)"\n  data_type: (\w+)\n  dims: \[([-\d, ]+)\]\n(  reshape)?', config)
@@ -175,6 +191,52 @@ def test_graphs_of_their_own_have_their_ports(tmp_path: Path) -> None:
             for port in (*graph.input, *graph.output)
         ]
         assert found == wanted, path.stem
+
+
+def test_external_data_keeps_its_name(engine_copy: Path) -> None:
+    """Which its graph knows it by."""
+    manifest = read_manifest(engine_copy)
+    entry = {"size": 0, "sha256": "0" * 64}
+    changed = dataclasses.replace(manifest, files={**manifest.files, "encoder.onnx.data": entry})
+    assert files(changed, "encoder", None) == {"model.onnx": "encoder.onnx", "encoder.onnx.data": "encoder.onnx.data"}
+
+
+def test_files_that_are_links(tmp_path: Path, engine_copy: Path) -> None:
+    """What they lead to inside an engine is copied."""
+    (engine_copy / "decoder.onnx").rename(engine_copy / "other.onnx")
+    (engine_copy / "decoder.onnx").symlink_to("other.onnx")
+    assert write(tmp_path / "models", "--engine", engine_copy).exit_code == 0
+    copied = tmp_path / "models" / "enat" / "1" / "engine" / "decoder.onnx"
+    assert not copied.is_symlink() and copied.read_bytes() == (engine_copy / "other.onnx").read_bytes()
+
+
+def test_a_build_for_fewer_pictures_is_not_enough(trt: Any, tmp_path: Path, engine_copy: Path) -> None:
+    listed(engine_copy, make_build(read_manifest(engine_copy), max_batch=4))
+    asked = ("--engine", engine_copy, "--backend", "tensorrt", "--gpus", 0, "--max-batch")
+    refused(write(tmp_path / "models", *asked, 5), "has builds for at most 4; expected one for 5 pictures at once")
+    assert write(tmp_path / "models", *asked, 4).exit_code == 0
+
+
+def test_options_are_in_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that draws and of the one that encodes, where both have them."""
+    (tmp_path / "env").mkdir()
+    monkeypatch.chdir(tmp_path)
+    queue = ("--queue-delay", 77, "--queue-timeout", 99, "--queue-size", 5)
+    asked = ("--env", "env", "--threads", 3, "--backend", "onnxruntime", "--max-batch", 6, "--no-warmup", *queue)
+    assert write(tmp_path / "models", *asked).exit_code == 0
+    assert write(tmp_path / "warm", "--max-batch", 6).exit_code == 0
+    drawing, encoding, warm = ((tmp_path / path / "config.pbtxt").read_text() for path in ("models/enat", "models/enat_png", "warm/enat"))
+
+    def parameter(text: str, key: str) -> list[str]:
+        return re.findall(rf'key: "{key}"\n\s*value {{\n\s*string_value: "(.*)"', text)
+
+    assert parameter(drawing, "threads") == ["3"] and parameter(drawing, "backend") == ["onnxruntime"]
+    for text in (drawing, encoding):
+        assert parameter(text, "EXECUTION_ENV_PATH") == [str(tmp_path / "env")]
+        for part in ("queue_delay_microseconds: 77", "timeout_microseconds: 99", "timeout_override: true", "max_batch_size: 6"):
+            assert part in text
+    assert "model_warmup" not in drawing
+    assert re.findall(r"\n  batch_size: (\d+)\n", warm) == ["1", "6"]
 
 
 def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
@@ -225,6 +287,48 @@ def test_deployments() -> None:
     assert all(f" {port}" in dockerfile for port in ports.values())
     assert probe == "/usr/local/bin/healthy.py" and probe in dockerfile
     assert f"COPY serving/deploy/{Path(probe).name} {Path(probe).parent}/\n" in dockerfile and (folder / Path(probe).name).exists()
+
+
+@pytest.mark.parametrize(("answer", "well"), [(200, True), (400, True), (503, True), (500, False), (None, True), ("none", False)])
+def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer: int | str | None, well: bool) -> None:
+    """A full queue is no failure, nor is an answer that takes too long; where the model's process or the server is gone, it is one."""
+    over, asked = threading.Event(), []
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            if answer is None:
+                over.wait(60)
+            else:
+                self.send_response(int(answer))
+                self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None: ...
+
+    ask = urllib.request.OpenerDirector.open
+
+    def impatient(self: Any, url: str, data: bytes, patience: float) -> Any:
+        return ask(self, url, data, 0.1 if answer is None else patience)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", impatient)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        if answer == "none":
+            server.socket.close()
+        else:
+            thread.start()
+        monkeypatch.setattr("sys.argv", ["healthy.py", f"127.0.0.1:{server.server_port}", "other"])
+        try:
+            runpy.run_path(str(Path(__file__).parent.parent / "serving" / "deploy" / "healthy.py"))
+            said = None
+        except SystemExit as error:
+            said = error.code
+        over.set()
+        if thread.is_alive():
+            server.shutdown()
+            thread.join()
+    assert (said is None) == well, said
+    assert answer is None or asked == ["/v2/models/other/infer"] * (answer != "none")
 
 
 def test_the_image_holds_the_package_and_nothing_else() -> None:
