@@ -345,6 +345,7 @@ def test_no_code_without_probability_is_drawn(tmp_path: Path) -> None:
         (4.0, lambda x: x.sqrt().double(), r"expected float64 \[1\], the graph gives float32 \[1\]"),
         (4.0, lambda x: x.sqrt()[None], r"expected float32 \[1, 1\], the graph gives float32 \[1\]"),
     ],
+    ids=["values", "not a number", "type", "shape"],
 )
 def test_graphs_that_differ_from_pytorch_are_refused(
     tmp_path: Path, value: float, reference: Callable[[torch.Tensor], torch.Tensor], words: str

@@ -69,7 +69,9 @@ def test_slices_along_several_axes_are_joined(first: tuple[str, ...], second: tu
 
 
 @pytest.mark.parametrize(
-    "uses", ["x = Slice(a, s, e, i, k) y = Slice(x, s, e, j, k) z = Neg(x)", "z = Slice(a, s, e, i, k) y = Slice(z, s, e, j, k)"]
+    "uses",
+    ["x = Slice(a, s, e, i, k) y = Slice(x, s, e, j, k) z = Neg(x)", "z = Slice(a, s, e, i, k) y = Slice(z, s, e, j, k)"],
+    ids=["another node", "an output"],
 )
 def test_a_slice_that_more_than_the_next_one_reads_stays(uses: str) -> None:
     text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[2, 4, 6] a) => (float[p, q, r] y, float[p, q, r] z)

@@ -171,6 +171,7 @@ def test_a_broken_float32_engine(engine_copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [("WORST_DIVERGENCE", 0.0, "nats: it would draw something else"), ("WORST_PSNR", 99.0, "dB from float32's: something else")],
+    ids=["tokens", "pictures"],
 )
 def test_an_engine_that_draws_something_else_is_not_put_in_place(
     engines: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float, message: str
@@ -268,7 +269,7 @@ CONVOLUTION = """(float[n, 4, 5, 5] x) => (float[n, 3, 5, 5] images) {
 }"""
 
 
-@pytest.mark.parametrize("graph", [PRODUCT, CONVOLUTION])
+@pytest.mark.parametrize("graph", [PRODUCT, CONVOLUTION], ids=["product", "convolution"])
 def test_channels_that_are_next_to_nothing(graph: str) -> None:
     """float16 holds no scale for them; levels of another scale are as near."""
     levels = np.array([[127, 127, -127], [-50, 60, 1], [0, 2, 3], [4, 5, 6]], np.int8)

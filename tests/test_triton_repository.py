@@ -292,7 +292,8 @@ def test_deployments() -> None:
 @pytest.mark.parametrize(("answer", "well"), [(200, True), (400, True), (503, True), (500, False), (None, True), ("none", False)])
 def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer: int | str | None, well: bool) -> None:
     """A full queue is no failure, nor is an answer that takes too long; where the model's process or the server is gone, it is one."""
-    over, asked = threading.Event(), []
+    over = threading.Event()
+    asked: list[str] = []
 
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
