@@ -313,7 +313,7 @@ def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer
 
     monkeypatch.setattr(urllib.request.OpenerDirector, "open", impatient)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         if answer == "none":
             server.socket.close()
         else:
@@ -324,10 +324,10 @@ def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer
             said = None
         except SystemExit as error:
             said = error.code
-        over.set()
-        if thread.is_alive():
-            server.shutdown()
-            thread.join()
+        finally:
+            over.set()
+            if thread.is_alive():
+                server.shutdown()
     assert (said is None) == well, said
     assert answer is None or asked == ["/v2/models/other/infer"] * (answer != "none")
 
