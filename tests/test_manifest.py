@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import list_anew, put_anything_anywhere
+from conftest import invoke, list_anew, put_anything_anywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enat import EnatError
+from enat import EnatError, Pipeline
 from enat.errors import EngineError
+from enat.runtime.cli import main
 from enat.runtime.manifest import read_manifest
 
 
@@ -32,6 +33,9 @@ def test_a_whole_engine(engine_copy: Path) -> None:
     }  # fmt: skip
     change(engine_copy, lambda data: data.update(something_new={"a": 1}))
     assert read_manifest(engine_copy).model == manifest.model
+    text, known = (engine_copy / "manifest.json").read_bytes(), read_manifest(engine_copy).hash
+    (engine_copy / "manifest.json").write_bytes(b"\xef\xbb\xbf" + text)  # the mark that editors of Windows put before it
+    assert read_manifest(engine_copy).hash == known
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,10 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["model"].update(codes=True), "codes is True"),
         (lambda data: data["model"].update(class_names=["a"]), "class_names"),
         (lambda data: data["model"].update(image_size=None), "image_size is None, expected a number, as image_decoder.onnx is there"),
+        (
+            lambda data: [data["files"].pop("image_decoder.onnx"), data["model"].update(image_size=None)],
+            "image_size is None, expected a number, as image_encoder.onnx is there",
+        ),
         (lambda data: data["sampling"].update(steps=65), "steps is 65"),
         (lambda data: data["sampling"].update(cfg_scale=-1), "cfg_scale is -1"),
         (lambda data: data["sampling"].update(cfg_scale=10**400), "expected a number of 0 to 1e6"),
@@ -62,6 +70,9 @@ def test_a_whole_engine(engine_copy: Path) -> None:
         (lambda data: data["files"].update({"../outside": {"size": 1, "sha256": ""}}), "inside the engine"),
         (lambda data: data["files"].update({"/etc/passwd": {"size": 1, "sha256": ""}}), "inside the engine"),
         (lambda data: data["files"].update({"a/../../b": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"a//b": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"a\\b": {"size": 1, "sha256": ""}}), "inside the engine"),
+        (lambda data: data["files"].update({"a\0b": {"size": 1, "sha256": ""}}), "inside the engine"),
         (lambda data: data["files"].update({"x" * 300: {"size": 1, "sha256": ""}}), "missing"),
         (lambda data: data["files"].update({"\ud800": {"size": 1, "sha256": ""}}), "missing"),
         (lambda data: data["files"].update(gone={"size": 1, "sha256": ""}), "missing"),
@@ -90,6 +101,17 @@ def test_altered_truncated_and_foreign_files(engine_copy: Path, engines: Callabl
     graph.unlink()
     with pytest.raises(EngineError, match=r"decoder\.onnx: missing"):
         read_manifest(engine_copy)
+
+
+def test_large_files_are_hashed_where_that_is_asked_for(engine_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("enat.runtime.manifest.HASHED_AT_LOAD", 0)
+    data = (engine_copy / "encoder.onnx").read_bytes()
+    (engine_copy / "encoder.onnx").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    read_manifest(engine_copy)
+    with pytest.raises(EngineError, match=r"encoder\.onnx: sha256"):
+        Pipeline.load(engine_copy, verify=True)
+    for asked in (["--info"], ["--class", 1, "--out", tmp_path / "a.png"]):
+        refused(invoke(main, "--engine", engine_copy, "--verify", *asked), "encoder.onnx: sha256")
 
 
 def test_a_link_out_of_the_engine(engine_copy: Path, tmp_path: Path) -> None:

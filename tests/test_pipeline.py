@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import json
@@ -25,6 +26,8 @@ import enat
 from enat import Pipeline, Stopped, to_pil
 from enat.errors import EngineError, InputError
 from enat.runtime.backends import Backend, Lane
+from enat.runtime.classes import parse_classes
+from enat.runtime.manifest import Manifest
 from enat.runtime.pipeline import Preview
 
 
@@ -74,6 +77,11 @@ def test_settings_change_the_picture(pipe: Pipeline) -> None:
 def test_images_are_numbered_class_by_class(pipe: Pipeline) -> None:
     images = pipe.generate([4, 2], num=2, seed=10)
     assert np.array_equal(images, pipe.generate([4, 4, 2, 2], seed=[10, 11, 12, 13]))
+    assert np.array_equal(pipe.generate_tokens(1, num=2, seed=2**64 - 1), pipe.generate_tokens([1, 1], seed=[2**64 - 1, 0]))
+
+
+def test_pictures_without_a_seed_differ(pipe: Pipeline) -> None:
+    assert not np.array_equal(pipe.generate_tokens([1]), pipe.generate_tokens([1]))
 
 
 class Recorder:
@@ -191,12 +199,13 @@ def test_callback(pipe: Pipeline) -> None:
     assert np.array_equal(seen[7][2], images[2:])
 
 
-def test_what_a_callback_returns(pipe: Pipeline) -> None:
+def test_what_a_callback_returns(pipe: Pipeline, recwarn: pytest.WarningsRecorder) -> None:
     async def later(step: int, steps: int, preview: Preview) -> None: ...
 
     for callback, shown in ((later, "<coroutine"), (lambda *_: "no", "'no'"), (lambda *_: np.zeros(2), "array")):
         with pytest.raises(InputError, match=f"expected a callback that returns True, to stop the run, False or None, got {shown}"):
             pipe.generate([1], callback=callback)  # type: ignore[arg-type]
+    assert not recwarn.list  # of a coroutine that nobody waited for
     assert len(pipe.generate([1], callback=lambda *_: np.False_)) == 1
 
     class Frames(list[int]):
@@ -222,6 +231,7 @@ def test_threads_share_a_pipeline(pipe: Pipeline, slots: int) -> None:
     expected = [pipe.generate([i], seed=i) for i in range(8)]
     with Pipeline.load(pipe.manifest.folder, slots=slots) as shared, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: shared.generate([i], seed=i), range(8)))
+        assert shared.backend.lanes.open == slots  # type: ignore[attr-defined]
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
@@ -232,8 +242,16 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
     assert pipe.decode(tokens).shape == images.shape
     with pytest.raises(InputError, match="expected uint8 images"):
         pipe.encode(images[:, :16])
+    with pytest.raises(InputError, match=r"expected uint8 images .*, got float32"):
+        pipe.encode(images.astype(np.float32))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected tokens of 0 to 255"):
         pipe.decode(tokens + 256)
+    with pytest.raises(InputError, match="expected tokens of 0 to 255, got -1 to"):
+        pipe.decode(np.where(tokens == tokens.min(), -1, tokens))
+    with pytest.raises(InputError, match=r"expected whole numbers of shape .*, got bool"):
+        pipe.decode(tokens > 3)
+    for dtype in (np.uint8, np.int32, np.uint64, ">i8"):
+        assert np.array_equal(pipe.decode(tokens.astype(dtype)), pipe.decode(tokens))
     with pytest.raises(InputError, match=r"expected whole numbers of shape \[N, 8, 8\], got float64 \[2, 8, 8\]"):
         pipe.decode(tokens + 0.5)
     with pytest.raises(InputError, match="expected a batch size of 1 or more, got 0"):
@@ -259,22 +277,22 @@ def test_outputs_are_asked_for_by_name(engine_copy: Path, pipe: Pipeline) -> Non
 
 def test_previews_are_for_their_callback(pipe: Pipeline) -> None:
     """Outside of it, or in another thread, other batches may have the lane."""
-    kept: list[Preview] = []
+    kept: list[Callable[[], Any]] = []
     elsewhere: list[str] = []
 
     def watch(step: int, total: int, preview: Preview) -> None:
-        kept.append(preview)
-        thread = threading.Thread(target=lambda: elsewhere.append(refusal(preview)))
+        kept.extend((preview, preview.masked))
+        thread = threading.Thread(target=lambda: elsewhere.extend(map(refusal, kept)))
         thread.start()
         thread.join()
 
-    def refusal(preview: Preview) -> str:
+    def refusal(ask: Callable[[], Any]) -> str:
         with pytest.raises(InputError) as found:
-            preview()
+            ask()
         return str(found.value)
 
     pipe.generate([1], seed=0, steps=2, callback=watch)
-    assert {refusal(one) for one in kept} | set(elsewhere) == {
+    assert set(map(refusal, kept)) | set(elsewhere) == {
         "a preview is for the callback that got it, and for its thread; keep the pictures that it gives there"
     }
 
@@ -318,6 +336,10 @@ def test_an_engine_without_images(engine_copy: Path) -> None:
     assert pipeline.generate_tokens([1], seed=0).shape == (1, 8, 8)
     with pytest.raises(EngineError, match="no image decoder"):
         pipeline.generate([1], seed=0)
+    with pytest.raises(EngineError, match="no image decoder and gives tokens only"):
+        pipeline.generate_tokens([1], seed=0, callback=lambda step, total, preview: bool(preview().size))
+    with pytest.raises(EngineError, match="no image encoder"):
+        pipeline.encode(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 def test_class_names_with_blanks_around_them(engine_copy: Path) -> None:
@@ -326,6 +348,21 @@ def test_class_names_with_blanks_around_them(engine_copy: Path) -> None:
     (engine_copy / "manifest.json").write_text(json.dumps(manifest))
     pipeline = Pipeline.load(engine_copy)
     assert np.array_equal(pipeline.generate_tokens(["class 3"], seed=1), pipeline.generate_tokens([3], seed=1))
+
+
+def test_class_names_that_look_like_something_else(manifest: Manifest) -> None:
+    """A name comes before what else the words of a command line may mean; one that several classes have means none of them."""
+    names = ("a-b", "a", "b", "crane, bird", "All", "crane", "crane", "7", "8", "9")
+    model = dataclasses.replace(manifest.model, class_names=names)
+    assert parse_classes(model, ["a-b", "crane, bird", "all"]) == [0, 3, 4]
+    for word, message in (
+        ("crane", "class 'crane' is ambiguous: numbers 5, 6 are called so; give the number"),
+        ("1,,2", "expected classes with commas between, got '1,,2'"),
+        ("²", "unknown class '²'"),  # digits to Python, and no numbers
+        ("٣", "unknown class '٣'"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            parse_classes(model, [word])
 
 
 def test_the_runtime_never_imports_pytorch(engines: Callable[[str], Path]) -> None:

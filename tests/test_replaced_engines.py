@@ -7,9 +7,11 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from conftest import list_anew
 from cpp_library import done
@@ -79,6 +81,24 @@ def test_an_engine_that_is_replaced_while_it_is_read(engine_copy: Path, tmp_path
 
     monkeypatch.setattr(manifest_module, "sha256", swapping)
     assert read_manifest(engine_copy).sampling.steps == 3
+
+
+def test_a_graph_that_is_replaced_while_it_is_read(engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was the engine's when reading began: nobody knows what was read."""
+    session = ort.InferenceSession
+
+    def replacing(path: Path, *rest: Any, **named: Any) -> Any:
+        data, made = path.read_bytes(), session(path, *rest, **named)
+        path.unlink()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return made
+
+    monkeypatch.setattr(ort, "InferenceSession", replacing)
+    with (
+        Pipeline.load(engine_copy, "onnxruntime") as pipeline,
+        pytest.raises(EngineError, match="it was replaced after the engine had been loaded: load it again"),
+    ):
+        pipeline.generate([1], seed=1)
 
 
 def test_the_cpp_library_reads_one_engine(plain: Path, tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from PIL import Image, PngImagePlugin
 import enat
 from enat import InputError, Pipeline
 from enat.runtime import outputs
+from enat.runtime.backends import Backend, open_backend
 from enat.runtime.cli import main
-from enat.runtime.manifest import read_manifest
+from enat.runtime.files import WholeFile
+from enat.runtime.manifest import Manifest, read_manifest
 from enat.runtime.outputs import request_for
 from enat.runtime.pictures import check_fits, read_metadata, save_image
 from enat.runtime.pipeline import BUNDLED_ENGINE
@@ -104,10 +106,12 @@ def test_the_backend_is_named_and_taken_again(run: Run, monkeypatch: pytest.Monk
     refused(run(*asked, "--out", "folder", "--resume"), "has other backend")
 
 
-def test_a_sheet_has_a_row_a_class(run: Run) -> None:
-    assert run("--class", 1, "--class", 4, "--num", 3, "--seed", 0, "--grid", "--out", "a.png").exit_code == 0
+@pytest.mark.parametrize(("classes", "columns", "rows"), [("1,1,1,4,4,4", 3, 2), ("1,1,1,4,4", 5, 1), ("0-9", 4, 3)])
+def test_a_sheet_has_a_row_a_class(run: Run, classes: str, columns: int, rows: int) -> None:
+    """Where each has as many pictures; else it is about square, or one row of few."""
+    assert run("--class", classes, "--seed", 0, "--steps", 2, "--grid", "--out", "a.png").exit_code == 0
     with Image.open("a.png") as image:
-        assert image.size == (3 * 34 - 2, 2 * 34 - 2)
+        assert image.size == (columns * 34 - 2, rows * 34 - 2)
 
 
 def test_columns_of_a_sheet(run: Run) -> None:
@@ -118,14 +122,25 @@ def test_columns_of_a_sheet(run: Run) -> None:
     refused(run("--class", 1, "--columns", 2, "--out", "b.png"), "--grid")
     refused(run("--replay", "a.png", "--columns", 2, "--out", "folder"), "folder: is no sheet; --columns goes with --grid")
     assert not Path("folder").exists()
+    assert run("--replay", "a.png", "--columns", 6, "--out", "wide.png").exit_code == 0
+    with Image.open("wide.png") as image:
+        assert image.size == (6 * 34 - 2, 2 * 34 - 2)
+    assert run("--class", 1, "--seed", 0, "--out", "one.png").exit_code == 0
+    refused(run("--replay", "one.png", "--columns", 2, "--out", "b.png"), "one.png: is no sheet; --columns goes with --grid")
+    assert run("--class", 1, "--seed", 0, "--out", "a.npy").exit_code == 0
+    record = json.loads(Path("a.npy.json").read_text())
+    for columns in (0, -1, "2", 1.5):
+        Path("a.npy.json").write_text(json.dumps({**record, "columns": columns}))
+        refused(run("--replay", "a.npy", "--out", "b.npy"), "a.npy: its record is damaged: columns is")
 
 
 def test_animation(run: Run, engines: Callable[[str], Path]) -> None:
     assert run("--class", 1, "--seed", 3, "--gif", "--out", "a.gif").exit_code == 0
     with Image.open("a.gif") as image:
-        assert image.n_frames == 8
+        assert image.n_frames == 8 and image.info["loop"] == 0  # again and again
         for step in Pipeline.load(engines("tiny")).schedule():
             image.seek(step.index)
+            assert image.info["duration"] == (2000 if step.index == 7 else 400)
             frame = np.asarray(image.convert("RGB")).astype(int)
             hidden = (frame == 128).all(-1).mean()
             assert abs(hidden - step.keep / 64) < 0.005  # grey where a token is not revealed yet
@@ -133,8 +148,10 @@ def test_animation(run: Run, engines: Callable[[str], Path]) -> None:
     assert np.abs(frame - Pipeline.load(engines("tiny")).generate([1], seed=3)[0]).mean() < 12
 
 
-def test_evaluation_file(run: Run, engines: Callable[[str], Path]) -> None:
-    assert run("--class", "all", "--num", 2, "--seed", 3, "--out", "a.npz").exit_code == 0
+def test_evaluation_file(run: Run, engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as changed:
+        changed.delattr(Pipeline, "generate")  # of very many pictures, more than memory holds
+        assert run("--class", "all", "--num", 2, "--seed", 3, "--out", "a.npz").exit_code == 0
     with np.load("a.npz") as data:
         assert np.array_equal(data["arr_0"], Pipeline.load(engines("tiny")).generate(range(10), num=2, seed=3))
         assert len(json.loads(str(data["metadata"]))["images"]) == 20
@@ -157,7 +174,8 @@ def test_a_folder_goes_on_where_it_stopped(run: Run) -> None:
     for name in names:
         assert Path("part", name).read_bytes() == Path("whole", name).read_bytes()
     Path("part", names[2]).unlink()
-    refused(run("--out", "part", "--resume", engine=BUNDLED_ENGINE), "part: made by the engine", "name the right one (--engine)")
+    for force in ([], ["--force"]):
+        refused(run("--out", "part", "--resume", *force, engine=BUNDLED_ENGINE), "part: made by the engine", "or choose another folder")
     assert run("--out", "part", "--resume").exit_code == 0  # its record says what was asked for
     assert Path("part", names[2]).read_bytes() == Path("whole", names[2]).read_bytes()
     for out, record in (("again", "whole"), ("again 2", "whole/run.json")):
@@ -241,6 +259,8 @@ def test_what_an_engine_from_anywhere_says_of_itself(run: Run, engine_copy: Path
     content["builds"] = [{"backend": "other"}]
     (engine_copy / "manifest.json").write_text(json.dumps(content))
     assert run("--list-classes", engine=engine_copy).stdout.splitlines()[:4] == ["0\t?[31mred", "1\ttwo?lines", "2\t?", "3\ta"]
+    listed = json.loads(run("--list-classes", "--json", engine=engine_copy).stdout)
+    assert listed == [{"class": i, "name": name} for i, name in enumerate(content["model"]["class_names"])]
     assert run("--info", engine=engine_copy).stdout.splitlines()[-2:] == ["source    note ?", "source    list [1, None]"]
     content["builds"] = [{"backend": "tensorrt"}]
     (engine_copy / "manifest.json").write_text(json.dumps(content))
@@ -280,6 +300,7 @@ def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
         (["--class", "1", "--batch-size", "0", "--out", "a.png"], ["batch size"]),
         (["--class", "1", "--steps", "x", "--out", "a.png"], ["--steps"]),
         (["--class", "1", "--out", "file/a.png"], ["file/a.png: cannot be written"]),
+        (["--class", "1", "--out", "file"], ["file: exists and is not a folder; a single picture's file ends in .png"]),
         (["--nonsense"], ["--nonsense"]),
     ],
 )
@@ -334,12 +355,20 @@ def test_text_that_is_no_record(run: Run, text: str) -> None:
 
 
 def test_files_that_cannot_be_replayed(run: Run) -> None:
+    """What NumPy would run as a program, too."""
+
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, ("made",)
+
+    np.savez("program.npz", metadata=np.array([Program()], object))
     Path("empty.npz").write_bytes(b"")
     Path("bad.npz").write_bytes(b"PK\3\4" + bytes(100))
     Path("bad.gif").write_bytes(b"GIF89a")
     Path("bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     for path in sorted(Path().glob("*.*")):
         refused(run("--replay", path, "--out", "b.png"), f"{path}: not a readable picture")
+    assert not Path("made").exists()
 
 
 @pytest.mark.parametrize("name", ["a.NPZ", "a.NPY", "a.PNG", "a.Jpg"])
@@ -365,7 +394,9 @@ def test_large_sheets_are_replayed(run: Run, monkeypatch: pytest.MonkeyPatch, su
 
 def test_what_does_not_fit_into_a_format(run: Run) -> None:
     """Said before anything is drawn."""
-    refused(run("--class", 1, "--num", 3000, "--grid", "--out", "a.jpg"), "3000 pictures does not fit into .jpg; expected .png or .webp")
+    for suffix in (".jpg", ".jpeg"):
+        asked = run("--class", 1, "--num", 3000, "--grid", "--out", f"a{suffix}")
+        refused(asked, f"3000 pictures does not fit into {suffix}; expected .png or .webp")
     refused(run("--class", 1, "--num", 2000, "--grid", "--columns", 1, "--out", "a.webp"), "pixels; .webp holds at most 16383 each way")
     with pytest.raises(InputError, match="16000×12000 pixels are too many for"):
         check_fits(Path("a.webp"), (16_000, 12_000), {})
@@ -521,6 +552,54 @@ def test_names_as_long_as_a_file_system_takes(run: Run) -> None:
         assert run("--class", 1, "--out", name).exit_code == 0 and Path(name).exists()
 
 
+def test_a_file_that_cannot_be_put_in_its_place(tmp_path: Path) -> None:
+    """Nothing is left of it."""
+    with pytest.raises(IsADirectoryError), WholeFile(tmp_path / "a") as partial:
+        partial.write_text("x")
+        (tmp_path / "a").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_class_names_that_no_file_may_have(run: Run, engine_copy: Path) -> None:
+    """Pictures of such classes lie in their folder all the same."""
+    content = json.loads((engine_copy / "manifest.json").read_text())
+    content["model"]["class_names"] = ["../../up", "/etc", "x" * 300, "あ" * 200, *"abcdef"]
+    (engine_copy / "manifest.json").write_text(json.dumps(content))
+    assert run("--class", "#0-#3", "--seed", 1, "--steps", 1, "--out", "new/folder", engine=engine_copy).exit_code == 0
+    assert {path.name for path in Path().iterdir()} == {"engine", "new"} and len(list(Path().rglob("*.png"))) == 4
+    assert len(list(Path("new/folder").glob("*.png"))) == 4
+
+
+def test_options_reach_whom_they_are_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    drawn: list[int] = []
+    draw = Pipeline.draw
+
+    def opened(name: str, manifest: Manifest, *rest: Any) -> Backend:
+        asked.append((name, *rest))
+        return open_backend(name, manifest, *rest)
+
+    def drawing(self: Pipeline, labels: Any, seeds: Any, steps: Any, batch_size: int, *rest: Any) -> Any:
+        drawn.append(batch_size)
+        return draw(self, labels, seeds, steps, batch_size, *rest)
+
+    monkeypatch.setattr("enat.runtime.cli.open_backend", opened)
+    monkeypatch.setattr(Pipeline, "draw", drawing)
+    options = ("--class", "1-4", "--steps", 2, "--backend", "onnxruntime", "--threads", 1, "--batch-size", 3)
+    for made in (["--grid", "--out", "a.png"], ["--out", "pictures"], ["--gif", "--out", "animations"], ["--format", "npy", "--out", "d"]):
+        assert run(*options, *made).exit_code == 0
+    assert asked == [("onnxruntime", "cpu", 1)] * 4 and set(drawn) == {3}
+
+
+def test_memory_that_is_used_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Pipeline, "draw", short)
+    refused(run("--class", 1, "--out", "a.png"), "not enough memory", code=1)
+    assert not list(Path().iterdir())
+
+
 def test_without_stderr(tmp_path: Path) -> None:
     code = "from enat.runtime.cli import main; main()"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} --class R --seed 1 --out r.png --json 2>&-"
@@ -552,10 +631,13 @@ def test_tokens_appear_after_what_made_them(run: Run, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return replace(self, target)
 
+    assert run("--class", 2, "--seed", 2, "--out", "a.npy").exit_code == 0
     with monkeypatch.context() as changed:
         changed.setattr(Path, "replace", dies)
         assert run("--class", 1, "--seed", 1, "--format", "npy", "--out", "folder").exit_code == 130
+        assert run("--class", 1, "--seed", 1, "--out", "a.npy").exit_code == 130
     assert not list(Path("folder").glob("*.npy"))
+    assert Path("a.npy.json").exists() and not Path("a.npy").exists()  # which would be others than the record says
     assert run("--class", 1, "--seed", 1, "--format", "npy", "--out", "folder", "--resume").exit_code == 0
     (file,) = Path("folder").glob("*.npy")
     assert run("--replay", file, "--out", "again.npy").exit_code == 0

@@ -42,7 +42,9 @@ def test_a_step_may_reveal_nothing() -> None:
     assert any(step.masked == step.keep for step in schedule(256, 36, 1, 1, 1))
 
 
-@pytest.mark.parametrize("settings", [(0, 1, 1, 1), (257, 1, 1, 1), (8, -1, 1, 1), (8, 1, math.nan, 1), (8, 1, 1, math.inf)])
+@pytest.mark.parametrize(
+    "settings", [(0, 1, 1, 1), (257, 1, 1, 1), (8, -1, 1, 1), (8, 1e6 + 1, 1, 1), (8, 1, math.nan, 1), (8, 1, 1, math.inf)]
+)
 def test_settings_out_of_range(settings: tuple[int, float, float, float]) -> None:
     with pytest.raises(EnatError, match="expected"):
         schedule(256, *settings)
