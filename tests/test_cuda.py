@@ -83,7 +83,16 @@ def test_every_call_is_one_of_cuda_python(calls: Calls) -> None:
     device.close()
     names = [name for name, _ in calls.calls]
     arguments = dict(calls.calls)
+    host, kinds = pinned.ctypes.data, cudart.cudaMemcpyKind
+    assert [tuple(given.values()) for name, given in calls.calls if name == "cudaMemcpyAsync"] == [
+        (4096, host, 64, kinds.cudaMemcpyHostToDevice, 5),
+        (host, 4096, 64, kinds.cudaMemcpyDeviceToHost, 5),
+    ]
     assert arguments["cudaSetDevice"] == {"device": 1}
+    assert arguments["cudaStreamCreateWithFlags"] == {"flags": cudart.cudaStreamNonBlocking}  # waits for no other
+    relaxed = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed  # others may allocate meanwhile
+    assert arguments["cudaStreamBeginCapture"] == {"stream": 5, "mode": relaxed}
+    assert names[-3:] == ["cudaStreamSynchronize", "cudaStreamDestroy", "cudaFreeHost"]
     assert arguments["cudaMemcpy2DAsync"] == {
         "dst": 4096,
         "dpitch": 32,
@@ -128,6 +137,7 @@ def test_errors(calls: Calls) -> None:
 def test_devices(calls: Calls) -> None:
     calls.results["cudaGetDeviceCount"] = (2,)
     assert cuda.device_index("cuda") == 0 and cuda.device_index("cuda:1") == 1
+    assert cuda.use_device("cuda:1") == 1 and calls.calls[-1] == ("cudaSetDevice", {"device": 1})
     with pytest.raises(BackendError, match="cuda:2: there is no such GPU; 2 found, cuda:0 to cuda:1"):
         cuda.device_index("cuda:2")
     assert cuda.device_facts(0) == ("NVIDIA H200", "9.0")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,10 @@ from hypothesis import strategies as st
 from enat import Pipeline, Stopped
 from enat.errors import BackendError
 from enat.runtime.backends.device import Arena, Block, rounded
+from enat.runtime.backends.lanes import Lanes
+from enat.runtime.backends.onnxruntime_cuda import OrtLane
 from enat.runtime.pipeline import Preview
+from enat.runtime.progress import NoBar
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,14 @@ def test_pictures_are_those_of_the_cpu(pipe: Pipeline, host: Pipeline, steps: in
     assert len(lane_of(host).kept) == 2  # of pictures, and of tokens
 
 
+def test_guided_runs_and_others_are_not_taken_for_each_other(pipe: Pipeline, host: Pipeline) -> None:
+    """A record of one has other rows than the other needs."""
+    for run in range(3):
+        for guidance in (2.5, 0.0):
+            request: dict[str, Any] = {"classes": [run, 3], "seed": run, "steps": 4, "guidance": guidance}
+            assert (host.generate(**request) == pipe.generate(**request)).all()
+
+
 def test_a_record_is_launched_without_the_loop(host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     run = HostLane.run
@@ -71,6 +84,59 @@ def test_a_record_is_launched_without_the_loop(host: Pipeline, monkeypatch: pyte
     assert counts == [25, 50, 50, 50]  # condition, 8 decoders and samplers, 7 encoders, image decoder
     host.generate([1, 2, 3], seed=0, steps=8)  # another batch is another record
     assert len(calls) == 75
+
+
+def test_progress(pipe: Pipeline, host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of all batches are counted, also where a record runs without the loop; and it is recorded all the same."""
+    bars: list[tuple[int, NoBar]] = []
+
+    def progress_bar(total: int, *_: object) -> NoBar:
+        bars.append((total, NoBar()))
+        return bars[-1][1]
+
+    monkeypatch.setattr("enat.runtime.pipeline.progress_bar", progress_bar)
+    for pipeline in (pipe, host):
+        pipeline.generate([1, 2, 3], steps=4, batch_size=2, progress=True)
+    assert [(total, bar.n) for total, bar in bars] == [(8, 8), (8, 8)]
+    assert len(lane_of(host).kept) == 2
+
+
+class LateDevice(HostDevice):
+    """What is launched runs when somebody waits for it, and not before, as on a GPU that is busy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[Callable[[], Any]] = []
+
+    def do(self, operation: Callable[[], Any]) -> None:
+        if self.recorded is None:
+            self.launched.append(operation)
+        else:
+            super().do(operation)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        launched, self.launched = self.launched, []  # which may wait themselves
+        for operation in launched:
+            operation()
+
+    def free(self, address: int) -> None:
+        self.synchronize()
+        super().free(address)
+
+    def record(self, launch: Callable[[], Any]) -> Callable[[], None]:
+        run = super().record(launch)
+        return lambda: self.do(run)
+
+
+@pytest.mark.parametrize("lane", [HostLane, OrtLane])
+def test_whoever_reads_waits(pipe: Pipeline, lane: type[OrtLane]) -> None:
+    """For graphs that were launched; and where they run at once, for what was copied before them."""
+    backend = HostBackend(pipe.manifest)
+    backend.lanes = Lanes(lambda: lane(pipe.manifest, LateDevice(), backend.sessions, "cpu"), 1)  # type: ignore[assignment]
+    with Pipeline(pipe.manifest, backend) as late:
+        for run in range(4):
+            assert (late.generate([1, 2], seed=run) == pipe.generate([1, 2], seed=run)).all()
 
 
 def test_records_of_many_shapes_share_memory(pipe: Pipeline, host: Pipeline) -> None:
@@ -115,6 +181,16 @@ def test_memory_is_given_back(pipe: Pipeline) -> None:
     assert not lane.device.pieces
 
 
+def test_a_device_is_closed_in_the_thread_that_closes_its_lane(host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not have used it before."""
+    host.generate([1], seed=0)
+    calls: list[str] = []
+    monkeypatch.setattr(HostDevice, "enter", lambda self: calls.append("enter"))
+    monkeypatch.setattr(HostDevice, "close", lambda self: calls.append("close"))
+    host.close()
+    assert calls == ["enter", "close"]
+
+
 def test_memory_of_a_run_that_ended_early_is_given_back(pipe: Pipeline) -> None:
     """An exception holds the batch's tensors while the pipeline is closed, and previews beyond that."""
     previews: list[Preview] = []
@@ -139,7 +215,8 @@ def test_memory_of_a_run_that_ended_early_is_given_back(pipe: Pipeline) -> None:
 def test_encode_decode_and_previews(pipe: Pipeline, host: Pipeline) -> None:
     pictures, tokens = pipe.generate([1, 2], seed=0), pipe.generate_tokens([1, 2], seed=0)
     assert (host.decode(tokens) == pictures).all()
-    assert (host.encode(pictures) == pipe.encode(pictures)).all()
+    for layout in (pictures, np.asfortranarray(pictures)):
+        assert (host.encode(layout) == pipe.encode(pictures)).all()
 
     def previews(pipeline: Pipeline) -> list[np.ndarray]:
         seen: list[np.ndarray] = []
@@ -182,6 +259,58 @@ def test_a_batch_that_does_not_fit(pipe: Pipeline) -> None:
         assert 1 <= fitting <= 20
         pictures = pipeline.generate([1] * fitting, seed=0, batch_size=fitting)
     assert (pictures == pipe.generate([1] * fitting, seed=0)).all()
+
+
+def test_pictures_to_encode_that_do_not_fit(pipe: Pipeline) -> None:
+    with (
+        Pipeline(pipe.manifest, HostBackend(pipe.manifest, limit=2**16)) as pipeline,
+        pytest.raises(BackendError, match=r"out of memory; 40 at once need more than .* MiB"),
+    ):
+        pipeline.encode(np.zeros((40, 32, 32, 3), np.uint8), batch_size=40)
+
+
+def test_no_memory_is_given_back_while_a_record_is_made(pipe: Pipeline, host: Pipeline) -> None:
+    """The record goes on using what it was made with."""
+    host.generate([1], seed=0)
+    lane = lane_of(host)
+    lane.arena.free_unused()
+    lane.device.limit -= lane.device.free_memory()
+    with pytest.raises(BackendError, match="1 at once need more than"):
+        host.generate([1], seed=1)
+    lane.device.limit = 2**40
+    assert (host.generate([1], seed=1) == pipe.generate([1], seed=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("Failed to allocate memory for requested buffer of size 1", True),
+        ("CUDA error: out of memory", True),
+        ("cuDNN failure 4: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOCATION_FAILED", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_that_onnxruntime_lacks(host: Pipeline, monkeypatch: pytest.MonkeyPatch, said: str, short: bool) -> None:
+    """A launch that fails for want of it names the batch that fits, one that fails otherwise the reason."""
+    sessions = host.backend.sessions  # type: ignore[attr-defined]
+    session = sessions.get("condition")
+
+    def fail(binding: object) -> None:
+        raise RuntimeError(f"{said}\nand more")
+
+    failing = SimpleNamespace(io_binding=session.io_binding, get_outputs=session.get_outputs, run_with_iobinding=fail)
+    monkeypatch.setitem(sessions.sessions, "condition", failing)
+    advice = "; 4 at once need more than .* MiB are free; a batch of 2 fits" if short else ""
+    with pytest.raises(BackendError, match=rf"condition\.onnx: ONNX Runtime failed: {re.escape(said)}{advice}$"):
+        host.generate([1] * 4, seed=0)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda:3", 3), ("cuda", 0)])
+def test_memory_is_bound_on_its_own_gpu(pipe: Pipeline, host: Pipeline, name: str, index: int) -> None:
+    device = HostDevice()
+    device.name = name
+    assert OrtLane(pipe.manifest, device, host.backend.sessions, "cuda").index == index  # type: ignore[attr-defined]
 
 
 def test_memory_held_by_records_is_given_up_where_it_is_short(pipe: Pipeline) -> None:
