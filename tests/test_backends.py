@@ -43,6 +43,9 @@ def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) ->
     for options, message in (
         ({"backend": "none"}, "unknown backend 'none'; expected auto or one of onnxruntime, openvino, onnxruntime-tensorrt, tensorrt"),
         ({"device": "tpu"}, "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:٣"}, "unknown device 'cuda:٣'"),
+        ({"device": "cuda:12345"}, "unknown device 'cuda:12345'"),
+        ({"device": "cpu\n"}, r"unknown device 'cpu\n'"),
         ({"backend": "tensorrt"}, "the backend tensorrt runs on cuda, got the device 'cpu'"),
         ({"threads": 0}, f"expected 1 to {os.cpu_count()} threads, as this machine's CPU has, got 0"),
         ({"threads": 10_000}, f"expected 1 to {os.cpu_count()} threads"),
@@ -51,6 +54,17 @@ def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) ->
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             Pipeline.load(engines("tiny"), **options)  # type: ignore[arg-type]
+
+
+def test_a_device_that_is_no_string(engines: Callable[[str], Path]) -> None:
+    """As PyTorch's."""
+
+    class Device:
+        def __str__(self) -> str:
+            return "cpu"
+
+    with Pipeline.load(engines("tiny"), "onnxruntime", Device()) as pipeline:  # type: ignore[arg-type]
+        assert pipeline.backend.device == "cpu"
 
 
 def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +98,33 @@ def test_auto_takes_the_first_that_works(engines: Callable[[str], Path], monkeyp
     monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError(f"{name} fails")))
     with pytest.raises(BackendError, match="tensorrt fails; onnxruntime fails"):
         open_backend("auto", manifest, "cuda:0")
+    monkeypatch.setattr(backends, "load_backend", lambda name, *rest: (_ for _ in ()).throw(BackendError("no GPU")))
+    with pytest.raises(BackendError, match=r"^no GPU$"):  # once, though it is the reason of each
+        open_backend("auto", manifest, "cuda:0")
+
+
+def test_what_auto_passes_over_is_closed(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def load(name: str, *rest: Any) -> Any:
+        def try_graphs() -> None:
+            if name == "tensorrt":
+                raise BackendError("a graph")
+
+        return types.SimpleNamespace(name=name, try_graphs=try_graphs, close=lambda: closed.append(name))
+
+    monkeypatch.setattr(backends, "load_backend", load)
+    assert open_backend("auto", manifest, "cuda:0").name == "onnxruntime"
+    assert closed == ["tensorrt"]
+
+
+def test_a_provider_that_did_not_start(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime goes on with the CPU's, and says nothing."""
+    made = types.SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *rest, **named: made)
+    sessions = Sessions(manifest.reading, ort.SessionOptions(), lambda graph: [("CUDAExecutionProvider", {}), *CPU])
+    with pytest.raises(BackendError, match=r"encoder\.onnx: ONNX Runtime .* could not start its CUDAExecutionProvider"):
+        sessions.get("encoder")
 
 
 def test_a_backend_that_is_there_and_broken(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

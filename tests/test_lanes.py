@@ -31,9 +31,11 @@ class Numbered:
 
     def __init__(self) -> None:
         self.closed = False
+        self.entered = 0
 
     def enter(self) -> None:
         assert not self.closed
+        self.entered += 1
 
     def close(self) -> None:
         assert not self.closed
@@ -67,8 +69,9 @@ def test_in_turn(lanes: Lanes[Numbered]) -> None:
             for number in range(8):
                 pool.submit(one, number)
                 wait_for(lambda number=number: len(lanes.waiting) == number + 1)  # type: ignore[misc]
-        with lanes.lease():
+        with lanes.lease() as lane:
             assert order == list(range(8))
+    assert lane.entered == 10  # by each, as GPUs are used by threads
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -219,6 +222,23 @@ def test_what_nobody_refers_to_is_gone(engines: Callable[[str], Path], backend: 
         assert [one() for one in gone] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_graphs_are_given_back_when_a_pipeline_is_closed(
+    engines: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Although somebody still refers to it."""
+    monkeypatch.setenv("ENAT_CACHE", "")
+    with Pipeline.load(engines("tiny"), backend) as pipe:
+        pipe.generate([1])
+        opened: Any = pipe.backend
+        graphs = opened.graphs.loading if backend == "openvino" else opened.sessions.sessions
+        assert graphs
+    assert not graphs
+    if backend == "openvino":
+        with pytest.raises(RuntimeError, match="shutdown"):
+            opened.graphs.loader.submit(print)
 
 
 def test_a_process_that_is_forked(lanes: Lanes[Numbered], tmp_path: Path) -> None:

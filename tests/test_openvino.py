@@ -184,6 +184,10 @@ def test_a_cpu_that_openvino_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse() -> None:
         raise RuntimeError("Exception from src/core.cpp:1:\nno plugin for it\nmore of it")
 
+    with monkeypatch.context() as changed:
+        changed.setattr(ov.Core, "available_devices", [])
+        with pytest.raises(BackendError, match="found no CPU that it can use"):
+            Pipeline.load(backend="openvino")
     monkeypatch.setattr(backends, "WIDE", 0)  # so that OpenVINO is tried first
     monkeypatch.setattr(ov, "Core", refuse)
     with pytest.raises(BackendError, match=r"OpenVINO .* cannot use this CPU: no plugin for it$"):
