@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def make_build(manifest: Manifest, platform: Platform = HERE, **options: Any) ->
     return Build(platform, {"steps": [8], "max_batch": 4, "weights": "included", **options}, graphs, {})
 
 
-def listed(engine: Path, *builds: Build) -> Manifest:
-    """The engine with builds in its manifest, and plans of nothing."""
+def listed(engine: Path, *builds: Build, own: Mapping[str, Path] | None = None) -> Manifest:
+    """The engine with builds in its manifest, and plans of nothing. own: what a build has beside them, by its path in the engine."""
     from enat.export.tensorrt_build import put_in_manifest
 
     for build in builds:
@@ -38,6 +39,8 @@ def listed(engine: Path, *builds: Build) -> Manifest:
         folder.mkdir(parents=True)
         for graph in build.graphs:
             (folder / f"{graph}.plan").write_bytes(f"{build.id} {graph}".encode())
+        for name, source in (own or {}).items():
+            shutil.copy(source, folder / Path(name).name)
         put_in_manifest(read_manifest(engine), build, folder)
         shutil.rmtree(folder.parent)
     return read_manifest(engine, verify=True)
@@ -116,6 +119,12 @@ def test_the_key_of_a_build(manifest: Manifest) -> None:
 def test_where_a_build_runs(manifest: Manifest, built: Platform, options: dict[str, Any], reason: str | None) -> None:
     found = unsuited(make_build(manifest, built, **options), manifest, HERE)
     assert found is None if reason is None else reason in str(found)
+
+
+def test_turing_is_older_than_ampere(manifest: Manifest) -> None:
+    build = make_build(manifest, hardware="ampere+")
+    for capability, reason in (("7.5", "built for compute capability 8.0 and later, this is 7.5"), ("8.0", None), ("8.9", None)):
+        assert unsuited(build, manifest, dataclasses.replace(HERE, capability=capability)) == reason
 
 
 def test_a_build_is_chosen_or_refused_with_the_reason(trt: Any, engine_copy: Path) -> None:
@@ -204,6 +213,12 @@ def test_damaged_entries(trt: Any, engine_copy: Path, key: str, value: object) -
     manifest.builds[0][key] = value
     with pytest.raises(EngineError, match=r"manifest\.json: builds\[0\]"):
         choose_build(manifest, HERE)
+
+
+@pytest.mark.parametrize("entry", [3, None, [], "x"])
+def test_entries_that_are_no_builds(manifest: Manifest, entry: object) -> None:
+    with pytest.raises(EngineError, match=r"manifest\.json: builds\[0\] is damaged"):
+        read_builds(dataclasses.replace(manifest, builds=[entry]))
 
 
 def test_an_engine_tells_of_its_builds(trt: Any, engine_copy: Path) -> None:

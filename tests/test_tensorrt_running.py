@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import invoke
+from conftest import invoke, list_anew
 from host_device import HostDevice, lanes_made
 from tensorrt_stand_in import Refits, StandIn
 from test_tensorrt_builds import HERE, listed, make_build
@@ -24,6 +24,7 @@ from test_tensorrt_builds import HERE, listed, make_build
 from enat import Pipeline
 from enat.errors import BackendError, EngineError, InputError
 from enat.runtime.manifest import read_manifest
+from enat.runtime.pipeline import Preview
 
 
 class Plans:
@@ -42,6 +43,8 @@ class Plans:
         self.failing: tuple[int, str] | None = None  # the context and the call that fails
         self.failures: list[int] = []  # contexts of which one call failed
         self.report = ""  # what TensorRT reports then
+        self.keep = "HOST"  # where plans want it
+        self.results: dict[str, Any] = {}  # of contexts' functions, in place of what they give otherwise
 
     def runtime(self, logger: Any) -> StandIn:
         return StandIn(Plans.real_runtime, deserialize_cuda_engine=self.deserialize)
@@ -63,7 +66,7 @@ class Plans:
             get_tensor_shape=outputs.get,
             device_memory_size_v2=self.largest_scratch,
             get_device_memory_size_for_profile_v2=lambda profile: self.profile_scratch,
-            get_tensor_location=lambda name: self.trt.TensorLocation.HOST if name == "keep" else self.trt.TensorLocation.DEVICE,
+            get_tensor_location=lambda name: getattr(self.trt.TensorLocation, self.keep if name == "keep" else "DEVICE"),
         )
 
     def fails(self, number: int, name: str) -> bool:
@@ -90,17 +93,16 @@ class Plans:
             assert number not in self.busy, "set anew while it runs"
             self.fails(number, "set_device_memory")
 
-        found = StandIn(
-            self.trt.IExecutionContext,
-            name=graph,
-            set_optimization_profile_async=True,
-            set_input_shape=True,
-            set_tensor_address=True,
-            infer_shapes=lambda: [],
-            update_device_memory_size_for_shapes=lambda: self.scratch(),
-            set_device_memory=scratch,
-            execute_async_v3=execute,
-        )
+        results: dict[str, Any] = {
+            "set_optimization_profile_async": True,
+            "set_input_shape": True,
+            "set_tensor_address": True,
+            "infer_shapes": lambda: [],
+            "update_device_memory_size_for_shapes": lambda: self.scratch(),
+            "set_device_memory": scratch,
+            "execute_async_v3": execute,
+        }
+        found = StandIn(self.trt.IExecutionContext, name=graph, **{**results, **self.results})
         weakref.finalize(found, lambda: self.dropped.update({number: number in self.busy}))
         self.contexts.append(found.twin())
         return found
@@ -238,8 +240,10 @@ def test_contexts_outlive_what_they_launched(running: Running) -> None:
     assert running.lane.kept
     drawn(running, 1, steps=40, callback=watch)
     assert not running.lane.kept  # memory was short
+    loaded = running.pipeline.backend.plans.engines  # type: ignore[attr-defined]
+    assert loaded
     running.pipeline.close()
-    assert running.plans.dropped and not any(running.plans.dropped.values())
+    assert not loaded and running.plans.dropped and not any(running.plans.dropped.values())
 
 
 def test_memory_that_is_short_before_any_plan_is_loaded(running: Running) -> None:
@@ -260,6 +264,40 @@ def test_contexts_outlive_what_failed_after_it(running: Running, failing: str) -
     plans.failing = None
     running.pipeline.close()
     assert len(plans.dropped) == len(plans.contexts) and not any(plans.dropped.values())
+
+
+def test_contexts_outlive_what_they_launched_where_tensors_find_no_memory(running: Running) -> None:
+    def use_up(step: int, steps: int, preview: Preview) -> None:
+        device = running.lane.device
+        if step == 3:
+            running.lane.arena.free_unused()
+            device.limit -= device.free_memory()
+            assert running.plans.busy
+
+    with pytest.raises(BackendError, match="1 at once need more than"):
+        running.pipeline.generate([1], seed=0, callback=use_up)
+    assert running.plans.dropped and not any(running.plans.dropped.values())
+
+
+def test_no_memory_is_given_back_while_a_record_is_made(running: Running) -> None:
+    drawn(running, 1)
+    running.lane.arena.free_unused()
+    running.lane.device.limit -= running.lane.device.free_memory()
+    with pytest.raises(BackendError, match="1 at once need more than"):
+        drawn(running, 1)
+
+
+def test_all_contexts_move_to_larger_scratch_memory(running: Running) -> None:
+    """What was the smaller one may be tensors by then."""
+    watch = lambda step, steps, preview: None  # noqa: E731
+    running.plans.scratch = itertools.count(2**12, 2**12).__next__
+    drawn(running, 1, callback=watch)
+    running.plans.scratch = lambda: 2**10
+    drawn(running, 1, callback=watch)
+    mine = running.lane.scratch.address, running.lane.scratch.size
+    for context in running.plans.contexts:
+        *_, last = (arguments for name, arguments in context.calls if name == "set_device_memory")
+        assert last == mine
 
 
 def test_memory_that_is_short_for_a_context(running: Running) -> None:
@@ -304,6 +342,43 @@ def test_scratch_memory_that_tensorrt_cannot_tell_or_does_not_take(running: Runn
     running.plans.failing, running.plans.report = (len(running.plans.contexts), "set_device_memory"), "it is too small"
     with pytest.raises(BackendError, match="TensorRT does not take its scratch memory: it is too small"):
         running.pipeline.generate([1, 2], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "message"),
+    [
+        ("set_optimization_profile_async", False, "condition: TensorRT does not take its profile 0"),
+        ("set_input_shape", False, r"condition: TensorRT does not take labels \[2\]"),
+        ("set_tensor_address", False, "condition: TensorRT does not take memory for labels"),
+        ("infer_shapes", lambda: ["labels"], "condition: TensorRT does not take the shapes of labels"),
+    ],
+)
+def test_what_tensorrt_refuses(running: Running, name: str, result: object, message: str) -> None:
+    running.plans.results[name] = result
+    with pytest.raises(BackendError, match=message):
+        running.pipeline.generate([1], seed=0)
+
+
+def test_shapes_that_were_refused_are_set_anew(running: Running) -> None:
+    watch = lambda step, steps, preview: None  # noqa: E731
+    running.plans.scratch = lambda: 1000  # nothing is set anew for the sake of a larger one
+    drawn(running, 1, callback=watch)
+    context = next(one for one in running.plans.contexts if one.name == "condition")
+    infer_shapes = context._results["infer_shapes"]
+    context._results["infer_shapes"] = lambda: ["labels"]
+    with pytest.raises(BackendError, match="does not take the shapes of labels"):
+        drawn(running, 2, callback=watch)
+    context._results["infer_shapes"] = infer_shapes
+    drawn(running, 1, callback=watch)
+    *_, last = (arguments for name, arguments in context.calls if name == "set_input_shape")
+    assert last == ("labels", (2,))
+
+
+def test_scratch_memory_of_one_image(running: Running) -> None:
+    """TensorRT names that of the largest batch, which is 4."""
+    running.plans.largest_scratch = 4096
+    drawn(running, 1)
+    assert running.lane.scratch_of_image(["encoder", "decoder"]) == 1024
 
 
 @pytest.mark.parametrize(("scratch", "fits"), [(0, "a batch of 1 fits"), (2**40, "not even one fits")])
@@ -353,6 +428,66 @@ def test_a_plan_without_weights_takes_those_of_its_graph(trt: Any, engine_copy: 
     refits.succeeds = False
     with pytest.raises(BackendError, match=r"decoder\.onnx: TensorRT could not take the weights from it"):
         backend.plans.engine("decoder")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_of_another_engine_are_not_taken(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    """Whether a plan takes them from its engine's graph or from one that its build keeps, with their external data."""
+    from enat.runtime.backends import tensorrt as backend_module
+
+    (engine_copy / "encoder.onnx.data").write_bytes(b"weights")
+    build = make_build(read_manifest(list_anew(engine_copy)), weights="stripped")
+    names = [f"{build.folder}/{name}" if kept else name for name in ("encoder.onnx", "encoder.onnx.data")]
+    graphs = {**build.graphs, "encoder": dataclasses.replace(build.graphs["encoder"], weights=names[0])}
+    own = {name: engine_copy / Path(name).name for name in names} if kept else {}
+    listed(engine_copy, dataclasses.replace(build, graphs=graphs), own=own)
+    plans, refits = Plans(trt, engine_copy), Refits(trt, monkeypatch)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    loaded = backend_module.Plans(read_manifest(engine_copy), HERE)
+    (engine_copy / names[1]).write_bytes(b"others!")
+    with pytest.raises(EngineError, match=rf"{re.escape(names[1])}: sha256"):
+        loaded.engine("encoder")
+    assert not loaded.engines and not refits.files
+    (engine_copy / names[1]).write_bytes(b"weights")
+    loaded.engine("encoder")
+    assert refits.files == [str(engine_copy / names[0])]
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_version_compatible_plans_may_bring_programs(
+    trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch, compatible: bool
+) -> None:
+    from enat.runtime.backends import tensorrt as backend_module
+
+    plans = Plans(trt, engine_copy)
+    Plans.real_runtime = trt.Runtime
+    monkeypatch.setattr(trt, "Runtime", plans.runtime)
+    manifest = listed(engine_copy, make_build(read_manifest(engine_copy), version_compatible=compatible))
+    assert bool(backend_module.Plans(manifest, HERE).runtime.engine_host_code_allowed) == compatible
+
+
+def test_plans_that_cannot_be_used(running: Running) -> None:
+    plans: Any = running.pipeline.backend.plans  # type: ignore[attr-defined]
+    running.plans.keep = "DEVICE"
+    with pytest.raises(BackendError, match=rf"the TensorRT build {plans.build.id} wants keep on the device"):
+        plans.engine("sampler")
+    graphs = {name: graph for name, graph in plans.build.graphs.items() if name != "image_encoder"}
+    plans.build = dataclasses.replace(plans.build, graphs=graphs)
+    with pytest.raises(BackendError, match=r"the TensorRT build [0-9a-f]+ has no image_encoder"):
+        plans.engine("image_encoder")
+
+
+def test_the_first_error_is_the_one_to_show(trt: Any) -> None:
+    from enat.runtime.backends.tensorrt import Logger
+
+    logger, severity = Logger(), trt.ILogger.Severity
+    for kind, first in ((severity.ERROR, "why\nmore of it"), (severity.INTERNAL_ERROR, "why")):
+        logger.listen()
+        assert not logger.error
+        for one, message in ((severity.WARNING, "what may go wrong"), (kind, first), (severity.ERROR, "what followed from it")):
+            logger.log(one, message)
+        assert logger.error == logger.reason == "why"
 
 
 def test_plans_are_hashed_when_they_are_read(running: Running, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
