@@ -37,7 +37,7 @@ def main(engine: Path | None, out: Path, gpus: str | None, env: str | None, forc
     numbers = parse_numbers("--gpus", gpus)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a directory")
-    check_writable(out)
+    check_writable(out / options["name"])
     if env and Path(env).exists():
         env = str(Path(env).absolute())  # of this machine; what is not here may be on the server's
     names = write_repository(engine or BUNDLED_ENGINE, out, Options(gpus=numbers, env=env, **options), force)

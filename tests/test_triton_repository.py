@@ -250,7 +250,7 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
     refused(write(tmp_path / "x", "--engine", tmp_path / "nowhere"), "not an engine directory")
     (tmp_path / "file").write_text("")
     refused(write(tmp_path / "file"), "exists and is not a directory")
-    refused(write(tmp_path / "file" / "models"), "models: cannot be written")
+    refused(write(tmp_path / "file" / "models"), "enat: cannot be written")
     refused(write(engine_copy), "has a manifest.json, as engines do; expected a model repository, or a new folder")
     manifest = json.loads((engine_copy / "manifest.json").read_text())
     del manifest["files"]["image_decoder.onnx"]
