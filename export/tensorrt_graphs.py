@@ -124,8 +124,10 @@ def signed_zero(graph: ir.Graph, zero: ir.Value, shape: tuple[int, ...]) -> ir.V
 
 def count_rows_once(model: ir.Model) -> None:
     """Says of what is repeated for guidance, min(2 · batch, rows) rows, that it has as many as the modulation: so many are asked for."""
-    (least,) = (node for node in model.graph if node.op_type == "Min")
-    (cut,) = (node for node in model.graph if node.op_type == "Slice" and from_modulation(node.inputs[2]))
+    least = [node for node in model.graph if node.op_type == "Min" and any(map(from_modulation, node.inputs))]
+    cut = next((node for node in model.graph if node.op_type == "Slice" and from_modulation(node.inputs[2])), None)
+    if cut is None:  # as a graph may say it that was not traced here
+        return
     rows, repeated = cut.inputs[2], cut.outputs[0]
     assert rows is not None and repeated.shape is not None and repeated.dtype is not None
     rank, uses = len(repeated.shape), list(repeated.uses())
@@ -138,9 +140,10 @@ def count_rows_once(model: ir.Model) -> None:
     model.graph.insert_after(cut, [others, sizes, reshaped])
     for user, index in uses:
         user.replace_input_with(index, reshaped.outputs[0])
-    number = next(value for value in least.inputs if from_modulation(value))
-    assert number is not None
-    least.outputs[0].replace_all_uses_with(number)
+    for node in least:
+        number = next(value for value in node.inputs if from_modulation(value))
+        assert number is not None
+        node.outputs[0].replace_all_uses_with(number)
     RemoveUnusedNodesPass()(model)
 
 

@@ -26,7 +26,7 @@ from enat import Pipeline
 from enat.calibration.calibrate import Settings
 from enat.errors import InputError
 from enat.export.convert import Precision, convert_engine
-from enat.export.tensorrt_graphs import prepare
+from enat.export.tensorrt_graphs import count_rows_once, prepare
 from enat.graph_file import save
 from enat.runtime.backends.contract import output_shapes
 from enat.runtime.builds import covering_profile
@@ -126,6 +126,17 @@ def test_graphs_have_the_form_that_tensorrt_fuses(precisions: dict[str, Path], t
         assert sum(node.op_type == "Min" for node in own) == 1 and not any(node.op_type == "Min" for node in model)
         norms = [node for node in model if node.op_type == "LayerNormalization"]
         assert norms and all(len(node.inputs) == 3 and node.inputs[2].is_initializer() for node in norms)
+
+
+def test_graphs_that_say_it_otherwise_stay_as_they_are() -> None:
+    """An engine may hold graphs that were not traced here."""
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[batch, n] x, float[rows, 1] decoder_modulation) => (float[rows, n] y) {
+        twice = Concat <axis = 0> (x, x)
+        y = Mul (twice, decoder_modulation)
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    count_rows_once(model)
+    assert [node.op_type for node in model.graph] == ["Concat", "Mul"]
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])
