@@ -97,8 +97,8 @@ def main(
         for steps in dict.fromkeys(parse_numbers("--steps", steps_text)) or (first.manifest.sampling.steps,)
         for batch in batches
     ]
-    leave_out: dict[str, None] = {"class_names": None, **({"image_size": None} if tokens else {})}
-    sizes = [replace(one.pipeline.manifest.model, **leave_out) for one in pipes]
+    models = [one.pipeline.manifest.model for one in pipes]
+    sizes = [replace(model, class_names=None, image_size=None if tokens else model.image_size) for model in models]
     if compared and any(size != sizes[0] for size in sizes):
         raise InputError("the engines are of different sizes, so one reference does not serve them; measure them apart")
     for case in cases:

@@ -96,9 +96,9 @@ def build_engine(
                 prepared = prepare(manifest, graph, folder / "graphs")
                 if source:
                     old, build = source
-                    name = build.plan(graph)
-                    with old.unchanged({name: build.files[name]}, verify=True):
-                        plan = refitted(old.root / name, prepare(old, graph, folder.parent / "old graphs"), prepared)
+                    earlier = build.plan(graph)
+                    with old.unchanged({earlier: build.files[earlier]}, verify=True):
+                        plan = refitted(old.root / earlier, prepare(old, graph, folder.parent / "old graphs"), prepared)
                 else:
                     plan = built(prepared, described.profiles, options, timing_cache, progress)
                 (folder / f"{graph}.plan").write_bytes(plan)

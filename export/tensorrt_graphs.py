@@ -126,7 +126,7 @@ def count_rows_once(model: ir.Model) -> None:
     """Says of what is repeated for guidance, min(2 · batch, rows) rows, that it has as many as the modulation: so many are asked for."""
     least = [node for node in model.graph if node.op_type == "Min" and any(map(from_modulation, node.inputs))]
     cut = next((node for node in model.graph if node.op_type == "Slice" and from_modulation(node.inputs[2])), None)
-    if cut is None:  # as a graph may say it that was not traced here
+    if cut is None or cut.outputs[0].shape is None:  # as a graph may say it that was not traced here
         return
     rows, repeated = cut.inputs[2], cut.outputs[0]
     assert rows is not None and repeated.shape is not None and repeated.dtype is not None
@@ -164,7 +164,7 @@ def exponentiate_narrow(model: ir.Model) -> None:
         if wide is None or before is None or before.op_type != "Cast" or [user.op_type for user in after] != ["Cast"]:
             continue
         scores, narrow = before.inputs[0], after[0].outputs[0]
-        if scores is None or scores.dtype != ir.DataType.FLOAT16 or narrow.dtype != ir.DataType.FLOAT16:
+        if scores is None or scores.dtype != ir.DataType.FLOAT16 or narrow.dtype != ir.DataType.FLOAT16 or narrow.is_graph_output():
             continue
         node.replace_input_with(0, scores)
         node.outputs[0].type = scores.type

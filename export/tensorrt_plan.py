@@ -18,8 +18,9 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from ..errors import ExportError
-from ..runtime.backends.tensorrt import LOGGER, load_plan, refit, start_runtime
+from ..runtime.backends.tensorrt import LOGGER, first_line, load_plan, refit, start_runtime
 from ..runtime.builds import Profile
+from ..runtime.interrupts import held_back
 from .progress_monitor import ProgressMonitor
 from .tensorrt_graphs import Prepared
 from .tensorrt_options import Options
@@ -37,17 +38,16 @@ def built(graph: Prepared, profiles: Sequence[Profile], options: Options, timing
         "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
     }
     cache = str(timing_cache) if timing_cache else None
-    monitor = ProgressMonitor(graph.path.stem) if progress else None
     preview = [getattr(trt.PreviewFeature, name, None) for name in PREVIEW_FEATURES]
     LOGGER.listen()
     plan = why = None
-    # Polygraphy's own loggers of TensorRT turn Ctrl-C into SIGTERM.
-    builder = trt.Builder(LOGGER)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, LOGGER)
-    if parser.parse(graph.path.read_bytes(), str(graph.data_of)):
-        try:
-            with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # nothing on the terminal
+    with held_back() as interrupted, G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # nothing on the terminal
+        # Polygraphy's own loggers of TensorRT turn Ctrl-C into SIGTERM.
+        builder = trt.Builder(LOGGER)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, LOGGER)
+        if parser.parse(graph.path.read_bytes(), str(graph.data_of)):
+            try:
                 config = CreateConfig(
                     tf32=options.tf32,
                     profiles=[polygraphy_profile(profile) for profile in profiles],
@@ -57,20 +57,17 @@ def built(graph: Prepared, profiles: Sequence[Profile], options: Options, timing
                     builder_optimization_level=options.level,
                     hardware_compatibility_level=compatibility[options.hardware],
                     version_compatible=options.version_compatible,
-                    progress_monitor=monitor,
+                    progress_monitor=ProgressMonitor(graph.path.stem, interrupted, progress),
                     preview_features=[feature for feature in preview if feature is not None],
                     profiling_verbosity=trt.ProfilingVerbosity.LAYER_NAMES_ONLY,  # with more of it launches take longer
                 )
                 plan = EngineBytesFromNetwork((builder, network, parser), config=config, save_timing_cache=cache)()
-        except PolygraphyException as error:
-            why = str(error)
-    elif parser.num_errors:
-        why = parser.get_error(0).desc()
-    if LOGGER.interrupted or (monitor and monitor.interrupted):
-        raise KeyboardInterrupt
+            except PolygraphyException as error:
+                why = LOGGER.first or str(error)
+        else:
+            why = parser.get_error(0).desc() if parser.num_errors else LOGGER.first
     if plan is None:
-        why = (LOGGER.reason or str(why)).strip().splitlines()[0]
-        raise ExportError(f"{graph.path.name}: TensorRT {trt.__version__} cannot build it: {why}")
+        raise ExportError(f"{graph.path.name}: TensorRT {trt.__version__} cannot build it: {first_line(str(why))}")
     return bytes(memoryview(plan))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ExportError, InputError
+from ..runtime.backends import open_backend
 from ..runtime.classes import parse_classes
 from ..runtime.command import Command, Source, Target, backend_option, needs
 from ..runtime.files import WholeFile, check_writable
@@ -92,7 +93,10 @@ def main(
         columns = sheet_columns(images)
         rows = 2 * max(1, -(-images // columns))
         check_fits(sheet_file, sheet_size(rows * columns, size, size, columns), {})
-    with Pipeline.load(engine, backend, device, threads) as mine, Pipeline.load(against, threads=threads) as reference:
+    with (
+        Pipeline(one, open_backend(backend, one, device, threads)) as mine,
+        Pipeline(other, open_backend("auto", other, threads=threads)) as reference,
+    ):
         title = f"{engine} ({mine.backend.name}) against {against} ({reference.backend.name})"
         result = compare(mine, reference, images, seed, labels, batch_size, keep_pictures=sheet_file is not None, progress=True)
         layers: dict[str, float] = {}

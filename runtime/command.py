@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import BackendError, EnatError, InputError, reason
 from .backends import BACKENDS
 from .describe import printable
-from .imports import importing
+from .interrupts import held_back
 
 backend_option = functools.partial(click.option, "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
 
@@ -93,14 +93,16 @@ class Target(Source):
 
 @contextlib.contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
-    """Imports inside that fail become one line: which extra of the package brings what is missing. Raises BackendError."""
+    """Imports inside that fail raise BackendError, with the extra of the package that brings what is missing."""
     try:
-        with importing():
+        with held_back():
             yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         if importlib.util.find_spec("onnxruntime"):  # onnxruntime-gpu, maybe: the other beside it would overwrite it
             extra = extra.removesuffix(",cpu")
         raise BackendError(f'{what} needs more packages ({error}); install them with: pip install "enat[{extra}]"') from error
+    except ImportError as error:
+        raise BackendError(f"{what} needs a package that is installed, and cannot be loaded: {error}") from error
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[int, ...]:

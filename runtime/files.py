@@ -23,24 +23,36 @@ def is_inside(path: Path, folder: Path) -> bool:
 def check_writable(path: Path, file: bool = False) -> None:
     """Raises InputError where `path`, a file or a folder, can't be written, before any work is done for it."""
     try:
-        folder_there = path.is_dir()
         if file and path.is_symlink():
             path = path.resolve()
-        found = path.exists()
-        parent = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
+        found = is_there(path)
+        parent = next((folder for folder in path.absolute().parents if is_there(folder)), path.absolute())
     except OSError as error:  # a name that no file can have
         raise InputError(f"{path}: cannot be written: {reason(error)}") from error
-    if file and folder_there:
+    if file and found and path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file to write")
     if not parent.is_dir():
         raise InputError(f"{path}: cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK) or (found and not os.access(path, os.W_OK)):
-        raise InputError(f"{path}: cannot be written: {'the file system is read-only' if is_read_only(parent) else 'no permission'}")
+        why = "the file system is read-only" if is_read_only(path if found else parent) else "no permission"
+        raise InputError(f"{path}: cannot be written: {why}")
 
 
-def is_read_only(folder: Path) -> bool:
-    """Whether a folder lies on a file system that takes no files from anyone."""
-    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+def is_there(path: Path) -> bool:
+    """Raises OSError where that cannot be told, which Path.exists takes for no from Python 3.14 on."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether it lies on a file system that takes no files from anyone, as far as the system tells."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):
+        return False
 
 
 PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")  # what a process that was killed leaves of them

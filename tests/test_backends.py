@@ -14,6 +14,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from enat.export.cli import main as export_main
 from enat.runtime import backends
 from enat.runtime.backends import onnxruntime_cuda, open_backend
 from enat.runtime.backends.sessions import CPU, Sessions
+from enat.runtime.interrupts import held_back
 from enat.runtime.manifest import Manifest, read_manifest
 
 
@@ -144,13 +146,15 @@ def test_a_backend_that_is_there_and_broken(manifest: Manifest, monkeypatch: pyt
         open_backend("auto", narrow).close()
 
 
-def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Extension modules may make an ImportError of it."""
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("works", [True, False])
+def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    """Extension modules may make an ImportError of it: it comes when they are done."""
+    before, real = signal.getsignal(signal.SIGINT), backends.import_module
 
     def interrupted(name: str, package: str) -> Any:
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        if works:
+            return real(name, package)
         raise ImportError("initialization failed")
 
     monkeypatch.setattr(backends, "import_module", interrupted)
@@ -158,6 +162,28 @@ def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             open_backend(name, manifest)
         assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_belongs_to_the_program(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does with it is done once what was held back is over; and nothing is touched in threads, and where it is ignored."""
+    before, asked = signal.getsignal(signal.SIGINT), []
+    try:
+        signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+        with held_back() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted() and not asked
+        assert asked == [signal.SIGINT]
+        with held_back():
+            mine = signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert callable(mine) and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # set meanwhile by somebody else
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with held_back() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: open_backend("onnxruntime", manifest).close()).result()
 
 
 def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,48 +298,29 @@ def test_a_build_in_place_of_the_same_one(builds: Builds, engine_copy: Path, mon
     assert choose_build(read_manifest(engine_copy, verify=True), HERE).id == build.id
 
 
-def test_ctrl_c_ends_a_build(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of TensorRT's calls it arrives in."""
-    from enat.export import progress_monitor
-
-    def interrupted(*arguments: Any, **named: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for name in ("phase_start", "step_complete", "phase_finish"):
-        monitor = progress_monitor.ProgressMonitor("encoder")
-        monitor.phase_start("outer", None, 3)
-        assert monitor.step_complete("outer", 0)
-        with monkeypatch.context() as changed:
-            changed.setattr(progress_monitor, "progress_bar", interrupted)
-            changed.setattr(monitor.bar, "update", interrupted)
-            changed.setattr(monitor.bar, "close", interrupted)
-            getattr(monitor, name)(*{"phase_start": ("next", None, 2), "step_complete": ("outer", 1), "phase_finish": ("outer",)}[name])
-        assert monitor.interrupted and not monitor.step_complete("outer", 2)
-
-
-def test_ctrl_c_while_tensorrt_reports(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would not pass it on."""
+def test_ctrl_c_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it comes: TensorRT would drop it in its callbacks, into which signals come first of all."""
     from enat.export.tensorrt_build import build_engine
     from enat.runtime.backends.tensorrt import LOGGER
 
-    class Message(str):
-        def splitlines(self, keepends: bool = False) -> list[str]:
-            raise KeyboardInterrupt
-
-        def strip(self, chars: str | None = None) -> str:
-            return self
-
-    before = files(engine_copy)
+    before, handler = files(engine_copy), signal.getsignal(signal.SIGINT)
 
     def build(self: Builds, logger: Any) -> bytes:
-        logger.log(self.trt.ILogger.Severity.ERROR, Message("one of many"))
-        assert not self.configs[-1].progress_monitor.step_complete("outer", 0)
-        return b"plan"
+        monitor = self.configs[-1].progress_monitor
+        monitor.phase_start("outer", None, 3)
+        assert monitor.step_complete("outer", 0)
+        signal.raise_signal(signal.SIGINT)
+        logger.log(self.trt.ILogger.Severity.VERBOSE, "one of many")
+        assert not monitor.step_complete("outer", 1)
+        monitor.phase_finish("outer")
+        return b"plan"  # as after the last step
 
     monkeypatch.setattr(Builds, "build", build)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(engine_copy, [8], progress=True)
-    assert files(engine_copy) == before and len(builds.configs) == 1
+    for progress in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(engine_copy, [8], progress=progress)
+        assert files(engine_copy) == before and signal.getsignal(signal.SIGINT) is handler
+    assert len(builds.configs) == 2
     assert {builder.logger for builder in builds.builders} == {LOGGER}
 
 
@@ -350,22 +332,6 @@ def test_what_the_parser_refuses(builds: Builds, engine_copy: Path, monkeypatch:
     monkeypatch.setattr(builds.trt, "OnnxParser", lambda network, logger: parser)
     with pytest.raises(ExportError, match=r"condition\.onnx: TensorRT .* cannot build it: no importer for Mul$"):
         build_engine(engine_copy, [8])
-
-
-def test_ctrl_c_after_the_last_step_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT has a plan then, and would go on with the next graph."""
-    from enat.export.tensorrt_build import build_engine
-
-    before = files(engine_copy)
-
-    def build(self: Builds, logger: Any) -> bytes:
-        self.configs[-1].progress_monitor.interrupted = True
-        return b"plan"
-
-    monkeypatch.setattr(Builds, "build", build)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(engine_copy, [8], progress=True)
-    assert files(engine_copy) == before and len(builds.configs) == 1
 
 
 def test_wrong_options(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

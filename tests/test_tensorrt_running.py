@@ -182,7 +182,7 @@ def test_running_asks_tensorrt_for_what_was_meant(running: Running, engine_copy:
     pipeline.generate([1], seed=0, steps=5)  # by the general profiles
     general = {context.name: context for context in plans.contexts[25:]}
     assert ("set_optimization_profile_async", (7, 77)) in general["encoder"].calls
-    with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build; expected at most 4"):
+    with pytest.raises(InputError, match=r"5 images at once are too many for this TensorRT build \(--max-batch\); expected at most 4"):
         pipeline.generate([1] * 5, seed=0)
 
 
@@ -312,6 +312,20 @@ def test_memory_that_is_short_for_a_context(running: Running) -> None:
     running.plans.failing, running.lane.arena.reclaim = (30, "create_execution_context"), reclaim
     assert drawn(running, 2) == 25
     assert running.plans.failures == [30] and len(running.lane.kept) == 1
+
+
+def test_a_reason_is_that_of_the_failure_itself(running: Running) -> None:
+    """Not of an earlier one that was mended."""
+    drawn(running, 1)
+
+    def reclaim() -> bool:
+        running.plans.failing, running.plans.results["set_input_shape"] = None, False
+        return running.lane.forget()
+
+    running.plans.report = "Error Code 2: out of memory"
+    running.plans.failing, running.lane.arena.reclaim = (30, "create_execution_context"), reclaim
+    with pytest.raises(BackendError, match=r"TensorRT does not take \w+ \[.*\]: $"):
+        running.pipeline.generate([1, 2], seed=0)
 
 
 def test_tensorrt_tells_of_memory_in_its_log(running: Running) -> None:
@@ -487,7 +501,7 @@ def test_the_first_error_is_the_one_to_show(trt: Any) -> None:
         assert not logger.error
         for one, message in ((severity.WARNING, "what may go wrong"), (kind, first), (severity.ERROR, "what followed from it")):
             logger.log(one, message)
-        assert logger.error == logger.reason == "why"
+        assert logger.error == logger.first == "why"
 
 
 def test_plans_are_hashed_when_they_are_read(running: Running, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,9 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
     assert write(tmp_path / "models", "--force").exit_code == 0
     assert write(tmp_path / "models", "--name", "other").exit_code == 0  # beside it
     refused(write(tmp_path / "x", "--max-batch", 0), "expected max batch of 1 or more, got 0")
+    refused(
+        write(tmp_path / "x", "--max-batch", 17, "--gpus", 0, "--backend", "onnxruntime-tensorrt"), "draws at most 16 pictures at once, got"
+    )
     refused(write(tmp_path / "x", "--gpus", "0,a"), "--gpus: expected a number, or numbers with commas between, got '0,a'")
     refused(write(tmp_path / "x", "--name", "a/b"), "expected a model name of ASCII letters, digits, _, - and ., got 'a/b'")
     refused(write(tmp_path / "x", "--engine", tmp_path / "nowhere"), "not an engine directory")

@@ -213,5 +213,5 @@ def test_enat_verify_refuses(int8: Path, engines: Callable[[str], Path], tmp_pat
         content[section][name] = value
         write_manifest(other, content)
         with pytest.MonkeyPatch.context() as changed:  # before any of them is loaded
-            changed.setattr(Pipeline, "load", lambda *arguments: pytest.fail("loaded"))
+            changed.setattr("enat.export.verify_cli.open_backend", lambda *arguments: pytest.fail("loaded"))
             refused(invoke(verify_main, int8, "--against", other), f"different models: {name}")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ...errors import BackendError, EngineError, InputError
 from ..classes import whole
 from ..cores import allowed_threads
-from ..imports import importing
+from ..interrupts import held_back
 from ..manifest import Manifest
 
 Array = NDArray[Any]
@@ -38,6 +38,7 @@ AUTO = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "onnxruntime")}
 # On a CPU; in narrower networks OpenVINO's work between the products outweighs what it gains in them.
 WIDE, WIDE_IN_8_BITS = 384, 256
 MOST_SLOTS = 1024
+MOST_IMAGES = {"onnxruntime-tensorrt": 16}  # at once: what its engines are built for
 # What to install for a kind of device, or for one backend.
 EXTRAS = {"cpu": "cpu", "cuda": "cuda", "openvino": "openvino", "tensorrt": "gpu", "onnxruntime-tensorrt": "gpu"}
 
@@ -159,8 +160,9 @@ def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
     module, cls = BACKENDS[name][kind]
     try:
-        with importing():
-            backend: Candidate = getattr(import_module(f".{module}", __package__), cls)(manifest, device, threads, slots)
+        with held_back():
+            found = getattr(import_module(f".{module}", __package__), cls)
+        backend: Candidate = found(manifest, device, threads, slots)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(name, EXTRAS[kind])
         raise BackendError(f'the backend {name} is not installed ({error}); install it with: pip install "enat[{extra}]"') from error

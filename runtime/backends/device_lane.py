@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BackendError
+from ...errors import BackendError, InputError
 from ..manifest import Manifest
 from . import Array, Program
 from .contract import output_shapes
@@ -43,9 +43,11 @@ class DeviceLane(ABC):
 
     records = True
 
-    def __init__(self, manifest: Manifest, device: Device) -> None:
+    def __init__(self, manifest: Manifest, device: Device, most_images: int | None = None, of: str = "") -> None:
+        """most_images: at once, and `of` what makes this limit."""
         self.manifest = manifest
         self.device = device
+        self.most_images, self.limited_by = most_images, of
         self.arena = Arena(device, self.forget)
         self.staging = np.empty(0, np.uint8)
         self.kept: OrderedDict[Hashable, Record] = OrderedDict()
@@ -128,6 +130,9 @@ class DeviceLane(ABC):
         return list(outputs.values())
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        batch = batch_of(arrays) if self.most_images else 0
+        if self.most_images and batch > self.most_images:
+            raise InputError(f"{batch} images at once are too many for {self.limited_by}; expected at most {self.most_images}")
         try:
             if key is None or not self.records:
                 return [self.download(tensor) for tensor in program(self.upload_all(arrays))]
@@ -216,7 +221,10 @@ class DeviceLane(ABC):
             program(self.upload_all(arrays))
         finally:
             (self.device, self.arena, self.staging), self.dry = mine, False
-        scratch = self.scratch_of_image(self.counted)  # may load what takes memory too
+        try:
+            scratch = self.scratch_of_image(self.counted)  # may load what takes memory too
+        except DeviceMemoryError:
+            scratch = None
         available = self.device.free_memory() + self.arena.total
         batch = batch_of(arrays)
         needed = counter.peak + batch * (scratch or 0)

@@ -5,29 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError
 from ..builds import Profile, Shape
 from ..manifest import Manifest
 from ..profiles import general_profile
-from . import Array, Program
+from . import MOST_IMAGES, Array
 from .cache_folder import cache_folder
 from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane, batch_of
+from .device_lane import DeviceLane
 from .lanes import LaneBackend, Lanes
 from .sessions import Providers, Sessions, first_line
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"'
-TENSORRT_PROVIDER = "libonnxruntime_providers_tensorrt.so"
 SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # in the words of cuBLAS and cuDNN, too
-MOST_IMAGES = 16  # at once, on the TensorRT provider: its engines are built for up to so many
 
 
 class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
@@ -35,7 +33,6 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
 
     name = "onnxruntime"
     provider = "CUDAExecutionProvider"
-    most_images: int | None = None
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         check_packages(self.provider)
@@ -45,7 +42,7 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1  # nothing of weight runs on the CPU
-        providers, most = self.providers, self.most_images
+        providers, most = self.providers, MOST_IMAGES.get(self.name)
         sessions = Sessions(manifest.reading, options, lambda graph: providers(graph, index, manifest, lambda: modulation_shapes(sessions)))
         self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda", most), slots, sessions.close)
 
@@ -72,7 +69,6 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
 
     name = "onnxruntime-tensorrt"
     provider = "TensorrtExecutionProvider"
-    most_images = MOST_IMAGES
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         load_tensorrt()
@@ -83,8 +79,9 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         others = super().providers(graph, index, manifest, modulation)
         if graph == "sampler":
             return others
-        folder, half = cache_folder(manifest, "onnxruntime-tensorrt"), manifest.float_type == "float16"
-        profile = general_profile(manifest, graph, (1, 1, MOST_IMAGES), modulation() if graph in ("encoder", "decoder") else None)
+        most, half = MOST_IMAGES[cls.name], manifest.float_type == "float16"
+        folder = cache_folder(manifest, f"{cls.name}-{most}")  # the C++ library's engines are made for other shapes
+        profile = general_profile(manifest, graph, (1, 1, most), modulation() if graph in ("encoder", "decoder") else None)
         options = {
             **{f"trt_profile_{name}_shapes": joined(profile, index) for index, name in enumerate(("min", "opt", "max"))},
             "device_id": index,
@@ -118,18 +115,20 @@ def load_tensorrt() -> None:
         raise BackendError('TensorRT is not installed; install it with: pip install "enat[gpu]"')
     import tensorrt
 
-    linked, found = linked_tensorrt(Path(ort.__file__).parent / "capi" / TENSORRT_PROVIDER), tensorrt.__version__
+    linked, found = linked_tensorrt(Path(ort.__file__).parent), tensorrt.__version__
     if linked and linked != found.split(".")[0]:
         raise BackendError(
             f"ONNX Runtime {ort.__version__}'s TensorRT provider needs TensorRT {linked}, found {found}; use --backend tensorrt, "
-            f"or: pip install 'tensorrt-cu13=={linked}.*'"
+            f"or: pip install 'tensorrt-cu13>={linked},<{int(linked) + 1}'"
         )
 
 
-def linked_tensorrt(provider: Path) -> str | None:
-    """Major version of the TensorRT that a provider's library is linked with; None where it does not tell."""
-    found = re.search(rb"libnvinfer\.so\.(\d+)", provider.read_bytes()) if provider.is_file() else None
-    return found and found[1].decode()
+def linked_tensorrt(package: Path) -> str | None:
+    """Major version of the TensorRT that ONNX Runtime's provider is linked with; None where its library does not tell."""
+    for provider in package.glob("capi/*onnxruntime_providers_tensorrt.*"):
+        if found := re.search(rb"nvinfer(?:\.so\.|_)(\d+)", provider.read_bytes()):
+            return found[1].decode()
+    return None
 
 
 def joined(profile: Profile, index: int) -> str:
@@ -147,17 +146,10 @@ class OrtLane(DeviceLane):
     records = False
 
     def __init__(self, manifest: Manifest, device: Device, sessions: Sessions, kind: str, most_images: int | None = None) -> None:
-        super().__init__(manifest, device)
+        super().__init__(manifest, device, most_images, "onnxruntime-tensorrt")
         self.sessions = sessions
         self.kind = kind  # of device, in ONNX Runtime's words
-        self.most_images = most_images
         self.index = int(device.name.split(":")[1]) if ":" in device.name else 0
-
-    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        batch = batch_of(arrays)
-        if self.most_images and batch > self.most_images:
-            raise InputError(f"{batch} images at once are too many for onnxruntime-tensorrt; expected at most {self.most_images}")
-        return super().compute(key, arrays, program)
 
     def scratch_of_image(self, graphs: Iterable[str]) -> None:
         """ONNX Runtime allocates as it goes."""

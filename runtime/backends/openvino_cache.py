@@ -124,7 +124,8 @@ def remove_unused(folder: Path) -> None:
     """Takes away what nobody has read for long: graphs of engines that are gone, and of earlier versions."""
     for file in folder.glob("*/*-*.blob"):
         with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > UNUSED:
+            found = file.stat()
+            if time.time() - max(found.st_atime, found.st_mtime) > UNUSED:  # readers who may not write leave the time of access alone
                 file.unlink()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import tensorrt as trt
 
 from ...errors import BackendError, InputError
 from ..builds import Platform, choose_build, covering_profile
+from ..interrupts import held_back
 from ..manifest import Manifest
-from . import Array, Program
+from . import Array
 from .cuda import CudaDevice, device_facts, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
-from .device_lane import DeviceLane, Record, batch_of
+from .device_lane import DeviceLane, Record
 from .lanes import LaneBackend, Lanes
 
 CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
@@ -35,29 +36,24 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         super().__init__()
         self.own = threading.local()  # error: of the thread that asks
         self.first = ""  # of whichever thread: TensorRT builds with several
-        self.interrupted = False  # by Ctrl-C, which TensorRT would not pass on
 
     def listen(self) -> None:
         self.own.error = self.first = ""
-        self.interrupted = False
 
     def log(self, severity: Any, message: str) -> None:
-        try:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                line = message.strip().splitlines()[0]
-                self.own.error = self.error or line
-                self.first = self.first or line
-        except KeyboardInterrupt:
-            self.interrupted = True
+        if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            line = first_line(message)
+            self.own.error = self.error or line
+            self.first = self.first or line
 
     @property
     def error(self) -> str:
         """This thread's."""
         return getattr(self.own, "error", "")
 
-    @property
-    def reason(self) -> str:
-        return self.error or self.first
+
+def first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 LOGGER = Logger()  # TensorRT goes on using the first one that a process gives it
@@ -65,7 +61,7 @@ LOGGER = Logger()  # TensorRT goes on using the first one that a process gives i
 
 def failure(message: str) -> BackendError:
     """The error to raise where TensorRT failed, with its reason."""
-    text = f"{message}: {LOGGER.reason}"
+    text = f"{message}: {LOGGER.error}"
     short = "out of memory" in text or "OutOfMemory" in text
     return (DeviceMemoryError if short else BackendError)(text)
 
@@ -76,13 +72,14 @@ def start_runtime() -> Any:
     try:
         return trt.Runtime(LOGGER)
     except TypeError as error:  # what its bindings raise where they are given nothing
-        raise BackendError(f"TensorRT {trt.__version__} cannot start: {LOGGER.reason or error}") from error
+        raise BackendError(f"TensorRT {trt.__version__} cannot start: {LOGGER.error or error}") from error
 
 
 def load_plan(runtime: Any, path: Path) -> Any:
     """A plan's ICudaEngine. Raises BackendError where TensorRT refuses it."""
     LOGGER.listen()
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    with held_back():
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise failure(f"{path}: TensorRT {trt.__version__} cannot load it")
     return engine
@@ -97,7 +94,9 @@ def refit(engine: Any, graph: Path, data_of: Path, changed: Collection[str] = ()
     if kept:
         raise BackendError(f"{data_of}: its {kept[0]} differs, and the plan takes no other in place of it; build it anew, without --refit")
     parser = trt.OnnxParserRefitter(refitter, LOGGER)
-    if not parser.refit_from_bytes(graph.read_bytes(), str(data_of)) or not refitter.refit_cuda_engine():
+    with held_back():
+        done = parser.refit_from_bytes(graph.read_bytes(), str(data_of)) and refitter.refit_cuda_engine()
+    if not done:
         raise failure(f"{graph}: TensorRT could not take the weights from it")
 
 
@@ -166,18 +165,12 @@ class TensorRTLane(DeviceLane):
     """
 
     def __init__(self, manifest: Manifest, device: CudaDevice, plans: Plans) -> None:
-        super().__init__(manifest, device)
+        super().__init__(manifest, device, plans.build.options["max_batch"], "this TensorRT build (--max-batch)")
         self.plans = plans
         self.stream = device.stream
         self.contexts: dict[tuple[str, int], Context] = {}
         self.scratch: Block | None = None
         self.numbers: dict[int, Array] = {}  # where TensorRT reads `keep`, on the host; never written again
-
-    def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        batch, most = batch_of(arrays), self.plans.build.options["max_batch"]
-        if batch > most:
-            raise InputError(f"{batch} images at once are too many for this TensorRT build; expected at most {most} (--max-batch)")
-        return super().compute(key, arrays, program)
 
     def scratch_of_image(self, graphs: Iterable[str]) -> float:
         """Contexts share their scratch memory, which TensorRT names for the largest batch. Loads their plans, which take memory as well."""
@@ -238,13 +231,15 @@ class TensorRTLane(DeviceLane):
         return mine < CONTEXTS
 
     def new_context(self, graph: str, profile: int) -> Context:
+        LOGGER.listen()
         execution = self.plans.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if execution is None:
-            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.reason}")
+            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.error}")
         self.check(execution.set_optimization_profile_async(profile, self.stream), f"{graph}: TensorRT does not take its profile {profile}")
         return Context(execution, profile)
 
     def set_shapes(self, context: Context, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> None:
+        LOGGER.listen()
         execution = context.execution
         if context.shapes is not None:
             self.device.synchronize()  # its last run may be under way
@@ -259,7 +254,7 @@ class TensorRTLane(DeviceLane):
         try:
             missing = execution.infer_shapes()
         except RuntimeError as error:
-            raise BackendError(f"{graph}: TensorRT does not take its shapes: {LOGGER.reason or error}") from error
+            raise BackendError(f"{graph}: TensorRT does not take its shapes: {LOGGER.error or error}") from error
         self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
         # 0 is what it gives where it fails, too.
         size = execution.update_device_memory_size_for_shapes()
