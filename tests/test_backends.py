@@ -147,12 +147,14 @@ def test_a_backend_that_is_there_and_broken(manifest: Manifest, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+def test_ctrl_c_while_a_backend_is_imported(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None], works: bool
+) -> None:
     """Extension modules may make an ImportError of it: it comes when they are done."""
-    before, real = signal.getsignal(signal.SIGINT), backends.import_module
+    real = backends.import_module
 
     def interrupted(name: str, package: str) -> Any:
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
         if works:
             return real(name, package)
         raise ImportError("initialization failed")
@@ -161,7 +163,7 @@ def test_ctrl_c_while_a_backend_is_imported(manifest: Manifest, monkeypatch: pyt
     for name in ("auto", "onnxruntime"):
         with pytest.raises(KeyboardInterrupt):
             open_backend(name, manifest)
-        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_belongs_to_the_program(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -414,7 +414,7 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     result = invoke(export_main, "--engine", BUNDLED_ENGINE, "--precision", "int8", "--out", tmp_path / "out")
-    refused(result, "--precision int8 needs", 'pip install "enat[calibration]"')
+    refused(result, "--precision int8 needs", 'pip install "enat[calibration]"', code=1)
 
 
 def test_precision_in_one_go_with_a_checkpoint(tmp_path: Path, smallest: tuple[object, ...]) -> None:

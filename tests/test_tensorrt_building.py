@@ -298,18 +298,18 @@ def test_a_build_in_place_of_the_same_one(builds: Builds, engine_copy: Path, mon
     assert choose_build(read_manifest(engine_copy, verify=True), HERE).id == build.id
 
 
-def test_ctrl_c_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None]) -> None:
     """Whenever it comes: TensorRT would drop it in its callbacks, into which signals come first of all."""
     from enat.export.tensorrt_build import build_engine
     from enat.runtime.backends.tensorrt import LOGGER
 
-    before, handler = files(engine_copy), signal.getsignal(signal.SIGINT)
+    before = files(engine_copy)
 
     def build(self: Builds, logger: Any) -> bytes:
         monitor = self.configs[-1].progress_monitor
         monitor.phase_start("outer", None, 3)
         assert monitor.step_complete("outer", 0)
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
         logger.log(self.trt.ILogger.Severity.VERBOSE, "one of many")
         assert not monitor.step_complete("outer", 1)
         monitor.phase_finish("outer")
@@ -319,7 +319,7 @@ def test_ctrl_c_ends_a_build(builds: Builds, engine_copy: Path, monkeypatch: pyt
     for progress in (True, False):
         with pytest.raises(KeyboardInterrupt):
             build_engine(engine_copy, [8], progress=progress)
-        assert files(engine_copy) == before and signal.getsignal(signal.SIGINT) is handler
+        assert files(engine_copy) == before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(builds.configs) == 2
     assert {builder.logger for builder in builds.builders} == {LOGGER}
 

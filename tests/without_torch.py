@@ -22,15 +22,15 @@ with tempfile.TemporaryDirectory() as folder:
     assert drawn.returncode == 0, drawn.stderr
     assert out.stat().st_size > 1000
     refused = run("enat-export", "--ckpt", str(out), "--out", str(Path(folder, "engine")))
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
     assert 'pip install "enat[export]"' in line, line
     refused = run("enat-export", "--engine", folder, "--precision", "int8", "--out", str(Path(folder, "engine")))
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
     assert 'pip install "enat[calibration]"' in line, line
     refused = run("enat-verify", folder, "--against", folder)
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
     assert 'pip install "enat[calibration]"' in line, line
 print("the runtime works without PyTorch")
