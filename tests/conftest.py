@@ -198,9 +198,17 @@ def trt() -> Any:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Raises the signal, for Python's own handler: what runs in the background ignores it."""
+    """Calls what handles the signal, which is Python's own handler at first: what runs in the background ignores it. No signal is sent:
+    pytest and the libraries of other tests may leave a process without the stack that signals are handled on.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.raise_signal(signal.SIGINT)
+
+    def arrive() -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        assert callable(handler)
+        handler(signal.SIGINT, None)
+
+    yield arrive
     signal.signal(signal.SIGINT, before)
 
 

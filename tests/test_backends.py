@@ -166,24 +166,20 @@ def test_ctrl_c_while_a_backend_is_imported(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_belongs_to_the_program(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_belongs_to_the_program(manifest: Manifest, ctrl_c: Callable[[], None]) -> None:
     """What it does with it is done once what was held back is over; and nothing is touched in threads, and where it is ignored."""
-    before, asked = signal.getsignal(signal.SIGINT), []
-    try:
-        signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-        with held_back() as interrupted:
-            signal.raise_signal(signal.SIGINT)
-            assert interrupted() and not asked
-        assert asked == [signal.SIGINT]
-        with held_back():
-            mine = signal.signal(signal.SIGINT, signal.default_int_handler)
-        assert callable(mine) and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # set meanwhile by somebody else
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with held_back() as interrupted:
-            signal.raise_signal(signal.SIGINT)
-            assert not interrupted() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    asked: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    with held_back() as interrupted:
+        ctrl_c()
+        assert interrupted() and not asked
+    assert asked == [signal.SIGINT]
+    with held_back():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # set meanwhile by somebody else
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with held_back() as interrupted:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and not interrupted()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: open_backend("onnxruntime", manifest).close()).result()
 
