@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -269,3 +270,24 @@ except BackendError as error:
         assert child[1].startswith("OpenVINO loaded graphs before this process was forked")
     else:
         assert child[2] == parent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seen on Linux alone")
+def test_signals_are_handled_when_pipelines_are_closed(engines: Callable[[str], Path]) -> None:
+    """OpenVINO leaves threads with a stack for signals that is gone: the next one would kill the process, as a server's SIGTERM."""
+    code = f"""
+import gc, signal
+from enat import Pipeline
+pipes = [Pipeline.load({str(engines("tiny"))!r}, "openvino") for _ in range(2)]
+for pipe in pipes:
+    pipe.generate([1])
+signal.signal(signal.SIGTERM, lambda *_: print("stops well"))
+signal.raise_signal(signal.SIGTERM)
+while pipes:
+    pipes.pop().close()
+del pipe
+gc.collect()
+signal.raise_signal(signal.SIGTERM)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "stops well\n" * 2), result

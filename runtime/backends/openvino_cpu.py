@@ -28,6 +28,7 @@ from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
+from .signal_stack import kept_signal_stack
 
 PROBE_ROWS = 32  # with fewer AMX would not be taken
 
@@ -111,6 +112,7 @@ def graph_form(precision: str, kernels: Kernels, graph: str) -> dict[str, Any]:
 class CompiledGraphs:
     """Compiled graphs, each made when first run, and kept in a cache folder from then on: what is there is read beside what runs."""
 
+    @kept_signal_stack()
     def __init__(self, manifest: Manifest, threads: int | None) -> None:
         ThreadedProcess.check()
         self.manifest = manifest
@@ -149,6 +151,7 @@ class CompiledGraphs:
             if not self.cache.keeps(graph):
                 self.load(graph).result()
 
+    @kept_signal_stack()
     def load_now(self, graph: str) -> CompiledGraph:
         try:
             return self.cache.get(graph, lambda path: self.compile(graph, path))
@@ -219,7 +222,8 @@ class OpenVinoLane(NumpyLane):
     def request(self, graph: str) -> tuple[Any, CompiledGraph]:
         if graph not in self.requests:
             compiled = self.graphs.load(graph).result()
-            self.requests[graph] = compiled.model.create_infer_request(), compiled
+            with kept_signal_stack():
+                self.requests[graph] = compiled.model.create_infer_request(), compiled
         return self.requests[graph]
 
     def close(self) -> None:
@@ -241,7 +245,8 @@ class OpenVinoLane(NumpyLane):
         try:
             for name, array in arrays.items():
                 request.set_tensor(name, tensor(array))
-            request.infer()
+            with kept_signal_stack():
+                request.infer()
             compiled.ran()
         except RuntimeError as error:
             raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
