@@ -432,5 +432,5 @@ def test_a_numpy_that_the_server_cannot_read(tmp_path: Path) -> None:
                 (packages / path.name).symlink_to(path)
     assert write(tmp_path / "models", "--env", tmp_path / "env").exit_code == 0
     with pytest.raises(RuntimeError, match="Triton did not start"):
-        Server(tmp_path / "models", tmp_path, theirs)
+        Server(tmp_path / "models", tmp_path, theirs).stop()
     assert f"was built for NumPy 1, found {np.__version__}" in (tmp_path / "server.log").read_text()
