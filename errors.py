@@ -8,6 +8,12 @@ def reason(error: OSError) -> str:
     return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
 
 
+def first_line(said: Exception | str) -> str:
+    """Of what others report; of an exception that says nothing, what it is called."""
+    lines = str(said).strip().splitlines() or [type(said).__name__ if isinstance(said, Exception) else ""]
+    return lines[0]
+
+
 class EnatError(Exception):
     """Anything that enat itself reports. `exit_code` is what a command ends with: 1 for work that failed, 2 for input that is wrong."""
 

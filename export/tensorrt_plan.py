@@ -17,8 +17,8 @@ from polygraphy.backend.trt import Profile as PolygraphyProfile
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
-from ..errors import ExportError
-from ..runtime.backends.tensorrt import LOGGER, first_line, load_plan, refit, start_runtime
+from ..errors import ExportError, first_line
+from ..runtime.backends.tensorrt import LOGGER, load_plan, refit, start_runtime
 from ..runtime.builds import Profile
 from ..runtime.interrupts import held_back
 from .progress_monitor import ProgressMonitor

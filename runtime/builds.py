@@ -76,7 +76,7 @@ class Build:
         source = self.graphs[graph].weights
         assert source is not None
         own = {name: entry for name, entry in self.files.items() if name.startswith(source)}
-        return own if f"{source}.data" in own else own | {name: manifest.files[name] for name in manifest.files_of(graph)}
+        return own if self.data_of(graph) in own else own | {name: manifest.files[name] for name in manifest.files_of(graph)}
 
     def data_of(self, graph: str) -> str:
         """The graph beside which the external data of these weights lies: the one that they are taken from, or the engine's own."""

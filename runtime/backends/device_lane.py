@@ -130,8 +130,7 @@ class DeviceLane(ABC):
         return list(outputs.values())
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
-        batch = batch_of(arrays) if self.most_images else 0
-        if self.most_images and batch > self.most_images:
+        if self.most_images and (batch := batch_of(arrays)) > self.most_images:
             raise InputError(f"{batch} images at once are too many for {self.limited_by}; expected at most {self.most_images}")
         try:
             if key is None or not self.records:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import onnxruntime as ort
 
-from ...errors import BackendError
+from ...errors import BackendError, first_line
 from ..cores import machine_cores
 from ..manifest import Manifest
 from . import Array
@@ -16,7 +16,7 @@ from .contract import OUTPUTS
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane
-from .sessions import CPU, Sessions, first_line
+from .sessions import CPU, Sessions
 
 FEATURES = 2**19  # 2 MB of float32 a core, of one of the tensors that a picture's tokens have
 

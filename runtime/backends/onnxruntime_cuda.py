@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ...errors import BackendError
+from ...errors import BackendError, first_line
 from ..builds import Profile, Shape
 from ..manifest import Manifest
 from ..profiles import general_profile
@@ -21,7 +21,7 @@ from .cuda import CudaDevice, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane
 from .lanes import LaneBackend, Lanes
-from .sessions import Providers, Sessions, first_line
+from .sessions import Providers, Sessions
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"'

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ...errors import BackendError
+from ...errors import BackendError, first_line
 
 if not hasattr(ort, "InferenceSession"):
     raise ImportError("its files are incomplete, as onnxruntime and onnxruntime-gpu leave each other; uninstall both first")
@@ -61,7 +61,3 @@ def is_text(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

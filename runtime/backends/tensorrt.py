@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from ...errors import BackendError, InputError
+from ...errors import BackendError, InputError, first_line
 from ..builds import Platform, choose_build, covering_profile
 from ..interrupts import held_back
 from ..manifest import Manifest
@@ -50,10 +50,6 @@ class Logger(trt.ILogger):  # type: ignore[misc]
     def error(self) -> str:
         """This thread's."""
         return getattr(self.own, "error", "")
-
-
-def first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
 
 
 LOGGER = Logger()  # TensorRT goes on using the first one that a process gives it
