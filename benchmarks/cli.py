@@ -19,7 +19,7 @@ from ..runtime.files import check_writable
 from ..runtime.pipeline import Pipeline
 from ..runtime.progress import progress_bar
 from .footprint import Footprint, footprint
-from .machine import device_name, versions
+from .machine import CpuTimes, device_name, versions
 from .measure import Case, Contender, Engine, Measurement, measure
 from .report import breakdown, draw_chart, footprints, growth, times, title
 
@@ -119,19 +119,23 @@ def main(
                 folder, backend = one.pipeline.manifest.folder, one.pipeline.backend.name
                 taken.setdefault(one.name, {})[case] = footprint(folder, backend, device, threads, case)
                 bar.update()
+        before = CpuTimes.now()
         found = measure(contenders, cases, warmup, repeats, bar.update)
+        after = CpuTimes.now()
+    others_share = before.share_until(after) if before and after else None
     shares = [matrix_shares(pipes, measurements, rate) if rate else {} for measurements in found]
     names = [one.name for one in others]
     machine, installed = device_name(device), versions()
     if as_json:
         used = threads or (allowed_threads() if device == "cpu" else None) or machine_cores()
         head = {"format": 1, "enat": __version__, "machine": machine, "device": device, "threads": used, "versions": installed}
-        head |= {"warmup": warmup, "matrix_rate": rate, "engines": [facts(one) for one in pipes]}
+        head |= {"warmup": warmup, "matrix_rate": rate, "others": others_share, "engines": [facts(one) for one in pipes]}
         click.echo(json.dumps({**head, "measurements": summaries(found, names, shares), "footprints": summary(taken)}))
     else:
         programs = ", ".join(f"{name} {version}" for name, version in installed.items())
         click.echo(f"{machine}{f', {threads} threads' if threads else ''}; {programs}")
-        click.echo(f"medians of {repeats} rounds; contenders take turns")
+        known = "" if others_share is None else f"; others had {others_share:.0%} of the CPUs' time"
+        click.echo(f"medians of {repeats} rounds; contenders take turns{known}")
         for case, measurements, reached in zip(cases, found, shares, strict=True):
             click.echo(f"\n{title(case)}\n\n{times(measurements, names, reached)}\n\n{breakdown(measurements)}")
         if growing := growth(found):

@@ -5,7 +5,9 @@ What it cannot tell is whether CUDA and TensorRT do what is asked of them; tests
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,7 @@ class HostDevice:
     """Pieces of host memory by address, of `limit` bytes in all; operations run at once, or are recorded."""
 
     name = "host"
+    setting_up: AbstractContextManager[object] = threading.RLock()
 
     def __init__(self, limit: int = 2**40) -> None:
         self.limit = limit

@@ -33,6 +33,14 @@ from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.interrupts import held_back
 from enat.runtime.manifest import Manifest, read_manifest
 
+PLATFORM = "10.16.1.11-NVIDIA-H200"
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with TensorRT, as far as names go."""
+    monkeypatch.setattr(onnxruntime_cuda.OnnxRuntimeTensorRTBackend, "platform", lambda index: PLATFORM)
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
 def test_paths_that_are_no_text(engines: Callable[[str], Path], tmp_path: Path) -> None:
@@ -235,6 +243,15 @@ def test_onnxruntime_needs_its_own_tensorrt(
             onnxruntime_cuda.load_tensorrt()
 
 
+def test_engines_of_onnxruntime_serve_one_tensorrt_and_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("tensorrt")
+    module.__version__ = "10.16.1.11"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(onnxruntime_cuda, "device_facts", lambda index: (f"NVIDIA GeForce RTX 4090/{index}", "8.9"))
+    assert onnxruntime_cuda.OnnxRuntimeTensorRTBackend.platform(1) == "10.16.1.11-NVIDIA-GeForce-RTX-4090-1"
+
+
+@pytest.mark.usefixtures("platform")
 def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
     manifest = read_manifest(engine_copy)
     for cls in (onnxruntime_cuda.OnnxRuntimeCudaBackend, onnxruntime_cuda.OnnxRuntimeTensorRTBackend):
@@ -244,6 +261,7 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
             assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("float_type", ["float32", "float16"])
 def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(
     engine_copy: Path, float_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,13 +271,17 @@ def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(
     cls = onnxruntime_cuda.OnnxRuntimeTensorRTBackend
     manifest = dataclasses.replace(read_manifest(engine_copy), float_type=float_type)
     options = dict(cls.providers("decoder", 0, manifest, lambda: modulation(manifest)))[cls.provider]
-    assert Path(options["trt_engine_cache_path"]).is_dir() and options["trt_engine_cache_enable"]
+    for what in ("engine", "timing"):
+        assert Path(options[f"trt_{what}_cache_path"]).is_dir() and options[f"trt_{what}_cache_enable"] is True
+    assert PLATFORM in options["trt_engine_cache_path"]
     assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == (float_type == "float16")
     assert sorted(path.name for path in engine_copy.iterdir()) == before  # an engine's files are those that it lists
     monkeypatch.setenv("ENAT_CACHE", "")
-    assert not dict(cls.providers("decoder", 0, manifest, lambda: modulation(manifest)))[cls.provider]["trt_engine_cache_enable"]
+    options = dict(cls.providers("decoder", 0, manifest, lambda: modulation(manifest)))[cls.provider]
+    assert not any("cache" in name for name in options)  # an empty path would be refused
 
 
+@pytest.mark.usefixtures("platform")
 def test_onnxruntime_builds_for_whatever_a_graph_may_be_asked(manifest: Manifest) -> None:
     """And not for the shapes of the first step, in which nothing is visible yet."""
     cls, model = onnxruntime_cuda.OnnxRuntimeTensorRTBackend, manifest.model

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from enat.benchmarks.checkpoints import write_checkpoints
 from enat.benchmarks.cli import load_compared, main, matrix_shares
 from enat.benchmarks.footprint import Footprint, footprint
 from enat.benchmarks.footprint import main as in_the_process
+from enat.benchmarks.machine import CPU_TIMES, CpuTimes
 from enat.benchmarks.measure import Case, Engine, Launch, Measurement, WatchedBackend, break_down, measure
 from enat.benchmarks.reference import Branch, generate_tokens, run_network
 from enat.benchmarks.report import growth
@@ -63,8 +67,8 @@ def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
     found = figures(bench(*asked, "--compare", "reference", "--compare", "reference-bfloat16", *with_torch(), "--json"))
     names = [f"reference, {precision}" for precision in ("float32", "bfloat16")]
     names += [f"{engine} (fp32), {backend}" for backend in ("onnxruntime", "openvino")]
-    head = {"format", "enat", "machine", "device", "threads", "versions", "warmup", "matrix_rate", "engines", "measurements", "footprints"}
-    assert found.keys() == head and found["format"] == 1 and found["threads"] >= 1
+    head = {"format", "enat", "machine", "device", "threads", "versions", "warmup", "matrix_rate", "others", "engines"}
+    assert found.keys() == head | {"measurements", "footprints"} and found["format"] == 1 and found["threads"] >= 1
     assert [one["name"] for one in found["engines"]] == names[2:]
     assert found["engines"][0] == {
         "name": names[2],
@@ -105,6 +109,43 @@ def test_figures_of_engines_and_of_the_reference(engines: Engines) -> None:
         assert 0 < one["load"] < one["first"]
         assert 20e6 < one["memory"] <= one["peak_memory"] < 2e9  # a process with NumPy and a backend; torch is not in it
     assert found["versions"].keys() >= {"onnxruntime", "openvino", "torch"} and "core" in found["machine"]
+
+
+@pytest.mark.skipif(not CPU_TIMES.exists(), reason="the system does not tell")
+def test_what_others_had_of_the_cpus() -> None:
+    """Another process at work."""
+    before = CpuTimes.now()
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1.5)
+        after = CpuTimes.now()
+    finally:
+        other.kill()
+        other.wait()
+    assert before and after
+    share = before.share_until(after)
+    assert share is not None and 0.3 / (os.cpu_count() or 1) < share <= 1
+
+
+def test_times_of_all_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is idle or waits is nobody's, what a host gave to other machines is others'."""
+    monkeypatch.setattr("enat.benchmarks.machine.CPU_TIMES", tmp_path / "stat")
+    monkeypatch.setattr("os.times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))
+    tick = os.sysconf("SC_CLK_TCK")
+
+    def now(*times: int) -> CpuTimes | None:
+        (tmp_path / "stat").write_text(f"cpu  {' '.join(str(seconds * tick) for seconds in times)} 9 9\ncpu0 1 1 1 1\n")
+        return CpuTimes.now()
+
+    before, after = now(1, 1, 1, 1, 1, 1, 1, 1), now(2, 3, 4, 21, 31, 2, 3, 5)
+    assert before and after and (before.others, before.passed) == (6, 8)
+    assert before.share_until(after) == pytest.approx(13 / 63)
+    assert before.share_until(before) is None
+    for wrong in ("", "cpu a b c d e f g h\n", "cpu 1 2 3\n", "intr 1 2 3 4 5 6 7 8\n"):
+        (tmp_path / "stat").write_text(wrong)
+        assert CpuTimes.now() is None
+    (tmp_path / "stat").unlink()
+    assert CpuTimes.now() is None
 
 
 def test_shares_of_the_matrix_rate(engines: Engines) -> None:

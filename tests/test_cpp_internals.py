@@ -1,4 +1,4 @@
-"""What the C++ library computes inside, number for number as in Python: noise, schedules, threads, folders."""
+"""What the C++ library computes inside, number for number as in Python: noise, schedules, threads, folders, profiles."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from cpp_library import engine_of
 from test_cores import CONTROL_GROUPS, SIBLINGS, processors, system
 from test_noise import VECTORS
 
+from enat.runtime.backends import MOST_IMAGES
 from enat.runtime.backends.cache_folder import cache_folder
 from enat.runtime.backends.onnxruntime_cpu import pictures_at_once
+from enat.runtime.backends.onnxruntime_cuda import joined
 from enat.runtime.cores import allowed_threads
 from enat.runtime.manifest import FILE, manifest_text, read_manifest
 from enat.runtime.noise import step_noise
 from enat.runtime.pipeline import BUNDLED_ENGINE
+from enat.runtime.profiles import general_profile
 from enat.runtime.schedule import schedule
 
 
@@ -148,3 +152,19 @@ def test_batches_that_are_drawn_in_smaller_ones(internals: ctypes.CDLL) -> None:
         model = replace(manifest.model, grid=grid, dim=dim)
         found = [internals.test_pictures_at_once(*map(ctypes.c_int64, (grid, dim)), device, threads, slots) for device in (b"cpu", b"cuda")]
         assert found == [pictures_at_once(replace(manifest, model=model), threads / slots), 0]
+
+
+def test_what_tensorrt_builds_for(internals: ctypes.CDLL) -> None:
+    """ONNX Runtime's provider: as in Python."""
+    internals.test_general_profile.restype = ctypes.c_char_p
+    manifest = read_manifest(BUNDLED_ENGINE)
+    modulation = {one.name: tuple(one.shape[1:]) for one in ort.InferenceSession(manifest.path("condition.onnx")).get_outputs()}
+    most = MOST_IMAGES["onnxruntime-tensorrt"]
+    for number, graph in enumerate(("condition", "encoder", "decoder", "", "image_decoder")):
+        if graph:
+            profile = general_profile(manifest, graph, (1, 1, most), modulation)
+            expected = "".join(f"{joined(profile, which)}\n" for which in range(3))
+            found = internals.test_general_profile(str(BUNDLED_ENGINE).encode(), number, f"{graph}_modulation".encode())
+            assert found.decode() == expected
+    internals.test_most_pictures.restype = ctypes.c_uint64
+    assert [internals.test_most_pictures(provider) for provider in (b"tensorrt", b"cuda", b"")] == [most, 0, 0]

@@ -92,7 +92,7 @@ def test_every_call_is_one_of_cuda_python(calls: Calls) -> None:
     assert arguments["cudaStreamCreateWithFlags"] == {"flags": cudart.cudaStreamNonBlocking}  # waits for no other
     relaxed = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed  # others may allocate meanwhile
     assert arguments["cudaStreamBeginCapture"] == {"stream": 5, "mode": relaxed}
-    assert names[-3:] == ["cudaStreamSynchronize", "cudaStreamDestroy", "cudaFreeHost"]
+    assert names[-4:] == ["cudaStreamSynchronize", "cudaStreamSynchronize", "cudaFreeHost", "cudaStreamDestroy"]
     assert arguments["cudaMemcpy2DAsync"] == {
         "dst": 4096,
         "dpitch": 32,
@@ -120,7 +120,42 @@ def test_a_record_that_fails_ends_the_capture(calls: Calls) -> None:
     device = cuda.CudaDevice(0)
     with pytest.raises(ZeroDivisionError):
         device.record(lambda: 1 / 0)
-    assert [name for name, _ in calls.calls][-2:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    assert [name for name, _ in calls.calls][-3:] == ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphDestroy"]
+    calls.results["cudaStreamEndCapture"] = (cudart.cudaError_t.cudaErrorStreamCaptureInvalidated, None)
+    with pytest.raises(ZeroDivisionError):
+        device.record(lambda: 1 / 0)
+    assert calls.calls[-1][0] == "cudaStreamEndCapture"
+
+
+def test_a_record_that_memory_is_short_for(calls: Calls) -> None:
+    """What it records ran before, and may run again: no smaller batch is to be advised."""
+    device = cuda.CudaDevice(0)
+    calls.results["cudaGraphInstantiate"] = (cudart.cudaError_t.cudaErrorMemoryAllocation, None)
+    calls.results["cudaGetErrorString"] = (b"out of memory",)
+    with pytest.raises(BackendError, match="cudaGraphInstantiate") as info:
+        device.record(lambda: None)
+    assert not isinstance(info.value, DeviceMemoryError)
+    assert calls.calls[-1][0] == "cudaGraphDestroy"
+
+
+def test_host_memory_in_place_of_another(calls: Calls) -> None:
+    """The old piece is given back, when no copy uses it any more."""
+    device = cuda.CudaDevice(0)
+    for size in (64, 128):
+        assert len(device.pinned(size)) == size
+    names = [name for name, _ in calls.calls if "Host" in name or "Synchronize" in name]
+    assert names == ["cudaMallocHost", "cudaStreamSynchronize", "cudaFreeHost", "cudaMallocHost"]
+    calls.results["cudaMallocHost"] = (cudart.cudaError_t.cudaErrorMemoryAllocation, None)
+    calls.results["cudaGetErrorString"] = (b"out of memory",)
+    with pytest.raises(DeviceMemoryError):
+        device.pinned(256)
+    device.close()
+    assert [name for name, _ in calls.calls].count("cudaFreeHost") == 2
+
+
+def test_lanes_on_a_device_share_what_they_set_up_under(calls: Calls) -> None:
+    first, second, other = (cuda.CudaDevice(index) for index in (0, 0, 1))
+    assert first.setting_up is second.setting_up is cuda.setting_up(0) and other.setting_up is not first.setting_up
 
 
 def test_errors(calls: Calls) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import re
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,6 +246,59 @@ def test_several_batches_in_flight(pipe: Pipeline) -> None:
         assert len(made) <= 3
     for seed, pictures in zip(seeds, found, strict=True):
         assert (pictures == pipe.generate([seed % 10], seed=seed)).all()
+
+
+def test_nothing_is_set_up_while_another_lane_records(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's records do not survive all that other lanes do when they run something for the first time."""
+    recording, wanted = threading.Event(), threading.Event()
+    record, run_first, inside = HostDevice.record, HostLane.run_first, []
+
+    def slow_record(self: HostDevice, launch: Callable[[], Any]) -> Callable[[], None]:
+        recording.set()
+        assert wanted.wait(60)
+        time.sleep(0.1)  # in which the other one would begin
+        inside.append("record")
+        return record(self, launch)
+
+    def first(self: HostLane, *arguments: Any) -> Any:
+        inside.append("first")
+        return run_first(self, *arguments)
+
+    monkeypatch.setattr(HostLane, "run_first", first)
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest, slots=2)) as pipeline, ThreadPoolExecutor(2) as pool:
+        pipeline.generate([1], seed=0)
+        monkeypatch.setattr(HostDevice, "record", slow_record)
+        one = pool.submit(pipeline.generate, [1], seed=1)
+        assert recording.wait(60)
+        other = pool.submit(pipeline.generate, [1, 2], seed=2)
+        wanted.set()
+        assert (one.result() == pipe.generate([1], seed=1)).all() and (other.result() == pipe.generate([1, 2], seed=2)).all()
+    assert inside == ["first", "record", "first"]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_record_that_fails_is_tried_once_more(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    tried: list[int] = []
+    record = HostDevice.record
+
+    def failing(self: HostDevice, launch: Callable[[], Any]) -> Callable[[], None]:
+        tried.append(1)
+        run = record(self, launch)
+        if len(tried) <= failures:
+            raise BackendError("spoilt by another")
+        return run
+
+    monkeypatch.setattr(HostDevice, "record", failing)
+    with Pipeline(pipe.manifest, HostBackend(pipe.manifest)) as pipeline, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for seed in range(5):
+            assert (pipeline.generate([1, 2], seed=seed) == pipe.generate([1, 2], seed=seed)).all()
+        (kept,) = lane_of(pipeline).kept.values()
+    assert len(tried) == 2
+    assert (kept.launch is not None) == (failures == 1)
+    assert [str(one.message) for one in warned] == (
+        [] if failures == 1 else ["not recorded as one launch, its graphs are launched one by one: spoilt by another"]
+    )
 
 
 def test_a_batch_that_does_not_fit(pipe: Pipeline) -> None:

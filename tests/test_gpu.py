@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,8 +44,8 @@ def missing(backend: str) -> str | None:
 
             from enat.runtime.backends.onnxruntime_cuda import check_packages, load_tensorrt
 
-            check_packages("TensorrtExecutionProvider" if "tensorrt" in backend else "CUDAExecutionProvider")
             onnxruntime.preload_dlls()
+            check_packages("TensorrtExecutionProvider" if "tensorrt" in backend else "CUDAExecutionProvider")
             if "tensorrt" in backend:
                 load_tensorrt()
     except (ImportError, EnatError, TypeError) as error:
@@ -103,7 +104,8 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Copy:
         if backend == "tensorrt":
             from enat.export.tensorrt_build import build_engine
 
-            build_engine(result, [8], max_batch=8, **build)
+            cache = tmp_path_factory.getbasetemp() / "timing.cache"  # the builds have most layers in common
+            build_engine(result, [8], max_batch=8, timing_cache=cache, **build)
         return result
 
     return copy
@@ -137,10 +139,16 @@ def test_weights_from_outside_the_plans(copies: Copy, weights: str, precision: s
 
     if weights == "refittable" and tensorrt.__version__.startswith(FAULTY_REFIT):
         pytest.skip("refittable plans of this TensorRT may compute wrongly")
-    engine = copies("tensorrt", precision, weights=weights)
+    engine = copies("tensorrt", precision, weights=weights, level=1)
     if weights == "refittable":
         old, engine = engine, with_other_weights(copies("none", precision))
-        build_engine(engine, [8], max_batch=8, refit=old)
+        try:
+            build_engine(engine, [8], max_batch=8, refit=old)
+        except BackendError as error:
+            # Whether TensorRT lets scales be exchanged it does not document; a plan that would keep the old ones must be refused.
+            if precision == "int8-fp16" and "differs, and the plan takes no other in place of it" in str(error):
+                pytest.skip(f"TensorRT {tensorrt.__version__}: {error}")
+            raise
     with Pipeline.load(engine, "tensorrt", "cuda:0") as pipeline, Pipeline.load(engine, "onnxruntime") as reference:
         assert compare(pipeline, reference, images=36).top1 >= LIMITS[precision][0]
 
@@ -168,6 +176,19 @@ def test_callbacks(pipe: Pipeline) -> None:
     with pytest.raises(Stopped):
         pipe.generate([1], seed=0, callback=lambda step, steps, preview: step == 2)
     assert np.array_equal(pipe.generate(range(4), seed=5), pipe.generate(range(4), seed=5))
+
+
+def test_loops_are_recorded(pipe: Pipeline) -> None:
+    """Each as one launch from its third run on, by any lane."""
+    if pipe.backend.name != "tensorrt":
+        pytest.skip("ONNX Runtime's runs cannot be recorded")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of what is not recorded
+        for _ in range(3):
+            pipe.generate([5, 6, 7], seed=1, steps=6)
+        with pipe.backend.lease() as lane:  # the one that was given back last
+            assert next(reversed(lane.kept.values())).launch is not None  # type: ignore[attr-defined]
+            assert not any(record.tries == 0 for record in lane.kept.values())  # type: ignore[attr-defined]
 
 
 def test_runs_are_repeatable(pipe: Pipeline) -> None:
@@ -199,7 +220,7 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
     with Pipeline.load() as reference:
         tokens = reference.generate_tokens(range(4), seed=0)
         difference = np.abs(pipe.decode(tokens).astype(int) - reference.decode(tokens))
-        assert (difference.max() <= 3) or pipe.manifest.precision != "fp32"
+        assert difference.max() <= 3 or pipe.manifest.precision != "fp32" or pipe.backend.name == "onnxruntime-tensorrt"  # in TF32
         assert 10 * np.log10(255**2 / np.square(difference, dtype=float).mean().clip(1e-9)) > limits(pipe)[1]
         pictures = reference.decode(tokens)
         assert (pipe.encode(pictures) == reference.encode(pictures)).mean() > 0.99
@@ -207,24 +228,45 @@ def test_encode_and_decode(pipe: Pipeline) -> None:
 
 def test_more_than_the_memory(pipe: Pipeline) -> None:
     """With nearly all of it taken, a batch that needs more: its logits alone on ONNX Runtime; on TensorRT, whose batches are bounded by
-    the build, there is hardly any left. What is named as fitting fits."""
+    the build, half of what it takes more than a single picture is left. What is named as fitting fits."""
     name = pipe.backend.name
     if name == "onnxruntime-tensorrt":
         pytest.skip("builds for the batch first, and fails there for want of memory")
     from enat.runtime.backends.cuda import CudaDevice
+    from enat.runtime.backends.device import DeviceMemoryError
 
-    left = 2**23 if name == "tensorrt" else 2**30
-    images = 8 if name == "tensorrt" else left // (4 * pipe.manifest.model.length * pipe.manifest.model.codes)
+    def taken_for(images: int) -> int:
+        with Pipeline.load(pipe.manifest.folder, name, "cuda:0") as alone:
+            alone.generate([0] * images, seed=0, steps=8, batch_size=images)
+            with alone.backend.lease() as lane:
+                return lane.arena.total  # type: ignore[attr-defined, no-any-return]
+
+    if name == "tensorrt":
+        images = 8
+        left = (taken_for(images) - taken_for(1)) // 2
+    else:
+        left = 2**30
+        images = left // (4 * pipe.manifest.model.length * pipe.manifest.model.codes)
     with Pipeline.load(pipe.manifest.folder, name, "cuda:0") as alone:
         alone.generate([0], seed=0, steps=8)
         device = CudaDevice(0)
-        taken = device.allocate(device.free_memory() - left)
+        taken: list[int] = []
+        piece = device.free_memory()
+        while piece >= 2**20:  # what is free need not be free in one piece
+            if device.free_memory() - left < piece:
+                piece //= 2
+                continue
+            try:
+                taken.append(device.allocate(piece))
+            except DeviceMemoryError:
+                piece //= 2
         try:
             with pytest.raises(EnatError, match=r"a batch of \d+ (may fit|fits)|not even one fits") as info:
                 alone.generate([0] * images, seed=0, steps=8, batch_size=images)
             if fitting := re.search(r"a batch of (\d+) fits", str(info.value)):
                 assert len(alone.generate([0] * int(fitting[1]), seed=0, steps=8, batch_size=int(fitting[1]))) == int(fitting[1])
         finally:
-            device.free(taken)
+            for address in taken:
+                device.free(address)
             device.close()
         assert len(alone.generate([0], seed=0)) == 1

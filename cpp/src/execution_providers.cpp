@@ -10,6 +10,7 @@
 #include "cores.hpp"
 #include "int8_probe.hpp"
 #include "messages.hpp"
+#include "profiles.hpp"
 
 namespace enat {
 
@@ -82,14 +83,16 @@ void append_cuda(Ort::SessionOptions& session, int index) {
     session.AppendExecutionProvider_CUDA_V2(*cuda);
 }
 
-void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& manifest) {
+void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& manifest, Graph graph, const Shape& modulation) {
     const OrtApi& api = Ort::GetApi();
     OrtTensorRTProviderOptionsV2* created = nullptr;
     Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&created));
     const std::unique_ptr<OrtTensorRTProviderOptionsV2, decltype(api.ReleaseTensorRTProviderOptions)> tensorrt(
         created, api.ReleaseTensorRTProviderOptions);
-    const std::string folder = cache_folder(manifest.hash, "onnxruntime-tensorrt").string(), kept = folder.empty() ? "0" : "1";
+    const std::string kind = "onnxruntime-tensorrt-" + std::to_string(tensorrt_images);
+    const std::string folder = cache_folder(manifest.hash, kind).string(), kept = folder.empty() ? "0" : "1";
     const std::string half = manifest.float_type == "float16" ? "1" : "0";
+    const auto [least, best, most] = general_profile(manifest.model, graph, modulation);
     update(api.UpdateTensorRTProviderOptions, tensorrt.get(),
            {{"device_id", std::to_string(index)},
             {"trt_fp16_enable", half},
@@ -97,7 +100,10 @@ void append_tensorrt(Ort::SessionOptions& session, int index, const Manifest& ma
             {"trt_engine_cache_enable", kept},
             {"trt_engine_cache_path", folder},
             {"trt_timing_cache_enable", kept},
-            {"trt_timing_cache_path", folder}});
+            {"trt_timing_cache_path", folder},
+            {"trt_profile_min_shapes", least},
+            {"trt_profile_opt_shapes", best},
+            {"trt_profile_max_shapes", most}});
     session.AppendExecutionProvider_TensorRT_V2(*tensorrt);
 }
 
@@ -115,7 +121,8 @@ Device parse_device(const std::string& text) {
 
 std::string runtime_version() { return std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString(); }
 
-Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph) {
+Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest, const Options& options, Graph graph,
+                                         const Shape& modulation) {
     const Device device = parse_device(options.device);
     const std::string provider = options.provider.empty() ? (device.cuda ? "cuda" : "cpu") : options.provider;
     if (provider != "cpu" && provider != "cuda" && provider != "tensorrt") {
@@ -137,7 +144,7 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         // Every session has threads of its own. Those of the last graph must not spin while the next one runs.
         session.AddConfigEntry("session.force_spinning_stop", "1");
         // TensorRT may choose float16 for what a graph has in float32; the sampler's numbers are float32 in every engine.
-        if (provider == "tensorrt" && graph != Graph::sampler) append_tensorrt(session, device.index, manifest);
+        if (provider == "tensorrt" && graph != Graph::sampler) append_tensorrt(session, device.index, manifest, graph, modulation);
         if (provider != "cpu") append_cuda(session, device.index);
         if (provider == "cpu" && manifest.precision == "int8" && manifest.weight_bits > safe_weight_bits && int8_saturates(env)) {
             session.AddConfigEntry("session.x64quantprecision", "1");  // slower kernels, but right ones
@@ -152,6 +159,11 @@ std::optional<std::size_t> pictures_at_once(const Model& model, const Options& o
     if (parse_device(options.device).cuda) return std::nullopt;
     const std::int64_t pictures = cached_features * threads_used(options) / options.slots / (model.length() * model.dim);
     return static_cast<std::size_t>(std::max<std::int64_t>(1, pictures));
+}
+
+std::optional<std::size_t> most_pictures(const Options& options) {
+    if (options.provider != "tensorrt") return std::nullopt;
+    return static_cast<std::size_t>(tensorrt_images);
 }
 
 }  // namespace enat

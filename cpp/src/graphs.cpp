@@ -124,6 +124,17 @@ std::string shown(const Shape& shape) {
 
 }  // namespace
 
+Shape inner_shape(const Ort::Session& session, const std::string& output) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
+        if (session.GetOutputNameAllocated(i, allocator).get() != output) continue;
+        const Ort::TypeInfo info = session.GetOutputTypeInfo(i);
+        const Shape shape = info.GetTensorTypeAndShapeInfo().GetShape();
+        return shape.empty() ? shape : Shape(shape.begin() + 1, shape.end());
+    }
+    return {};
+}
+
 Graphs::Graphs(const Manifest& manifest, const Options& options)
     : float_type_(manifest.float_type == "float16" ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT),
       on_cpu_(!parse_device(options.device).cuda),
@@ -135,7 +146,8 @@ Graphs::Graphs(const Manifest& manifest, const Options& options)
                                  : Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
     std::vector<Graph> wanted = {Graph::condition, Graph::encoder, Graph::decoder, Graph::sampler};
     if (manifest.has(contract(Graph::image_decoder).file)) wanted.push_back(Graph::image_decoder);
-    // On the CPU all at once: loading is the larger part of a short run.
+    // On the CPU all at once: loading is the larger part of a short run. On a GPU one after the other, the condition first, of which the
+    // others' sessions may want to know what it gives.
     const auto policy = device.cuda ? std::launch::deferred : std::launch::async;
     std::vector<std::future<Loaded>> loading;
     for (const Graph graph : wanted) {
@@ -153,7 +165,11 @@ Graphs::Loaded Graphs::load(Graph graph, const Manifest& manifest, const Options
     const Contract& expected = contract(graph);
     Loaded loaded;
     loaded.file = manifest.folder / expected.file;  // for messages
-    const Ort::SessionOptions session_options = make_session_options(env_, manifest, options, graph);
+    Shape modulation;
+    if (!on_cpu_ && (graph == Graph::encoder || graph == Graph::decoder)) {
+        modulation = inner_shape(graphs_.front().session, expected.inputs.back().name);  // the condition's, under the same name
+    }
+    const Ort::SessionOptions session_options = make_session_options(env_, manifest, options, graph, modulation);
     std::map<std::string, ONNXTensorElementDataType> inputs, outputs;
     try {
         loaded.session = Ort::Session(env_, (manifest.root / expected.file).c_str(), session_options);

@@ -23,6 +23,9 @@ struct Device {
 };
 Device parse_device(const std::string& text);
 
+/// The shape of a graph's output beyond its first axis, as the graph says it: -1 for what it leaves open. Nothing where it has no such output.
+Shape inner_shape(const Ort::Session& session, const std::string& output);
+
 /// May be used from several threads at once.
 class Graphs {
 public:

@@ -120,9 +120,13 @@ struct Pipeline::Loaded {
         : slots(options.slots),
           manifest(read_manifest(engine, options.verify)),
           graphs(manifest, options),
-          at_once(pictures_at_once(manifest.model, options)) {
+          at_once(pictures_at_once(manifest.model, options)),
+          most(most_pictures(options)) {
         manifest.require_unchanged();
     }
+
+    /// How many of a batch are run together.
+    std::size_t together(std::size_t batch) const { return std::min(batch, most.value_or(batch)); }
 
     /// Draws batch by batch, or without a callback, which sees whole batches, in smaller ones where these are better; `use` is given the
     /// tokens [batch, length] of each while its slot is held.
@@ -132,6 +136,7 @@ struct Pipeline::Loaded {
     Manifest manifest;
     Graphs graphs;
     std::optional<std::size_t> at_once;  // pictures that are drawn together, whatever the batch: all of it without a number
+    std::optional<std::size_t> most;     // and that can be
 };
 
 std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::path& engine, const Options& options) {
@@ -150,7 +155,7 @@ std::unique_ptr<Pipeline::Loaded> Pipeline::Loaded::open(const std::filesystem::
 
 void Pipeline::Loaded::draw(const Request& request, const Callback& callback, const Use& use) {
     const std::size_t count = request.labels.size(), steps = request.steps.size();
-    const std::size_t batch = callback ? request.batch_size : std::min(request.batch_size, at_once.value_or(request.batch_size));
+    const std::size_t asked = together(request.batch_size), batch = callback ? asked : std::min(asked, at_once.value_or(asked));
     const std::size_t total = ((count - 1) / batch + 1) * steps;
     std::size_t done = 0;  // steps of the batches before
     for (std::size_t first = 0; first < count; first += batch, done += steps) {
@@ -229,8 +234,9 @@ Images Pipeline::decode(const Tokens& tokens, int batch_size) const {
                          " to " + std::to_string(*most));
     }
     Images images;
-    for (std::size_t first = 0; first < tokens.count; first += static_cast<std::size_t>(batch_size)) {
-        const std::size_t last = std::min(first + static_cast<std::size_t>(batch_size), tokens.count);
+    const std::size_t batch = loaded_->together(static_cast<std::size_t>(batch_size));
+    for (std::size_t first = 0; first < tokens.count; first += batch) {
+        const std::size_t last = std::min(first + batch, tokens.count);
         const auto start = tokens.values.begin();
         const Slots::Place place = loaded_->slots.take();  // for this batch alone
         append(images, decoded(loaded_->graphs, manifest.model,

@@ -12,7 +12,7 @@ struct Step {
     double guidance, sampling_temperature, mask_temperature;
 };
 
-/// The steps of a run over `length` tokens; ends when nothing is masked, which with very many steps comes before `steps`.
+/// The steps of a run over `length` tokens.
 ///
 /// cfg_scale: guidance at the end; it rises linearly from 0. mask_temp, samp_temp: temperatures at the start; they fall linearly.
 /// Throws InputError where a setting is out of its range.

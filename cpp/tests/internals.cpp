@@ -8,8 +8,10 @@
 #include "cache_folder.hpp"
 #include "cores.hpp"
 #include "execution_providers.hpp"
+#include "graphs.hpp"
 #include "manifest.hpp"
 #include "noise.hpp"
+#include "profiles.hpp"
 #include "schedule.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -67,6 +69,26 @@ EXPORT std::uint64_t test_pictures_at_once(std::int64_t grid, std::int64_t dim, 
     options.threads = threads;
     options.slots = slots;
     return enat::pictures_at_once(model, options).value_or(0);
+}
+
+/// 0 where a provider has no limit.
+EXPORT std::uint64_t test_most_pictures(const char* provider) {
+    enat::Options options;
+    options.provider = provider;
+    return enat::most_pictures(options).value_or(0);
+}
+
+/// What the TensorRT provider builds one of an engine's graphs for, a line each for its least, best and largest shapes. modulation: the
+/// condition's output that it reads, or nothing.
+EXPORT const char* test_general_profile(const char* engine, int graph, const char* modulation) {
+    static std::string found;
+    const enat::Manifest manifest = enat::read_manifest(engine);
+    Ort::Env env;
+    const Ort::Session condition(env, (manifest.root / "condition.onnx").c_str(), Ort::SessionOptions());
+    const enat::Shape inner = enat::inner_shape(condition, modulation);
+    found.clear();
+    for (const std::string& line : enat::general_profile(manifest.model, static_cast<enat::Graph>(graph), inner)) found += line + "\n";
+    return found.c_str();
 }
 
 /// Where what is compiled from an engine is kept, or why it cannot be.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from .device import DeviceMemoryError
 
 LEAST_CAPABILITY = 7.5  # compute capability: CUDA 13, and TensorRT from 10.13 on, serve Turing and what came after it
 KINDS = cudart.cudaMemcpyKind
+SETTING_UP: dict[int, threading.RLock] = {}  # one for each device: Device.setting_up
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
@@ -59,15 +62,21 @@ def device_facts(index: int) -> tuple[str, str]:
     return name, f"{properties.major}.{properties.minor}"
 
 
+def setting_up(index: int) -> threading.RLock:
+    """What all lanes on a device share: Device.setting_up."""
+    return SETTING_UP.setdefault(index, threading.RLock())
+
+
 class CudaDevice:
     """A stream of a GPU, and memory. CUDA keeps a current device for each thread: `enter` makes it this one."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.name = f"cuda:{index}"
+        self.setting_up: AbstractContextManager[object] = setting_up(index)
         self.enter()
         self.stream = int(call(cudart.cudaStreamCreateWithFlags, cudart.cudaStreamNonBlocking))
-        self.pages: list[int] = []
+        self.page: int | None = None  # of host memory
 
     def enter(self) -> None:
         call(cudart.cudaSetDevice, self.index)
@@ -76,16 +85,23 @@ class CudaDevice:
         return int(call(cudart.cudaMalloc, size))
 
     def free(self, address: int) -> None:
-        call(cudart.cudaFree, address)  # waits for the device
+        with self.setting_up:
+            call(cudart.cudaFree, address)  # waits for the device
 
     def free_memory(self) -> int:
         free, _ = call(cudart.cudaMemGetInfo)
         return int(free)
 
     def pinned(self, size: int) -> Array:
-        address = int(call(cudart.cudaMallocHost, size))
-        self.pages.append(address)
-        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (size,))
+        self.free_page()
+        self.page = int(call(cudart.cudaMallocHost, size))
+        return np.ctypeslib.as_array(ctypes.cast(self.page, ctypes.POINTER(ctypes.c_uint8)), (size,))
+
+    def free_page(self) -> None:
+        if self.page is not None:
+            page, self.page = self.page, None
+            self.synchronize()  # copies may use it
+            call(cudart.cudaFreeHost, page)
 
     def copy_in(self, address: int, source: Array) -> None:
         call(cudart.cudaMemcpyAsync, address, source.ctypes.data, source.nbytes, KINDS.cudaMemcpyHostToDevice, self.stream)
@@ -107,19 +123,23 @@ class CudaDevice:
         try:
             launch()
         except BaseException:
-            cudart.cudaStreamEndCapture(self.stream)  # the stream must leave the capture whatever happened
+            _, graph = cudart.cudaStreamEndCapture(self.stream)  # the stream must leave the capture whatever happened
+            if graph is not None:
+                cudart.cudaGraphDestroy(graph)
             raise
         graph = call(cudart.cudaStreamEndCapture, self.stream)
-        executable = CudaGraph(call(cudart.cudaGraphInstantiate, graph, 0))
-        call(cudart.cudaGraphDestroy, graph)
+        try:
+            executable = CudaGraph(call(cudart.cudaGraphInstantiate, graph, 0))
+        except DeviceMemoryError as error:  # there is enough to run it all the same
+            raise BackendError(str(error)) from error
+        finally:
+            call(cudart.cudaGraphDestroy, graph)
         return lambda: call(cudart.cudaGraphLaunch, executable.handle, self.stream)
 
     def close(self) -> None:
         self.synchronize()
+        self.free_page()
         call(cudart.cudaStreamDestroy, self.stream)
-        for address in self.pages:
-            call(cudart.cudaFreeHost, address)
-        self.pages.clear()
 
 
 class CudaGraph:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +27,9 @@ class Device(Protocol):
     """What lanes need of a device: memory, and one stream that runs what it is given in order."""
 
     name: str
+    # Held where a record is made, and where a lane does what waits for the whole device, which records of other lanes would not survive:
+    # loads programs, runs them for the first time, gives memory back. One for all lanes on the device; may be held several times.
+    setting_up: AbstractContextManager[object]
 
     def enter(self) -> None:
         """Makes this thread use the device."""
@@ -39,7 +44,7 @@ class Device(Protocol):
         """Bytes that could be allocated."""
 
     def pinned(self, size: int) -> Array:
-        """Host memory, uint8 [size], from and to which copies run asynchronously."""
+        """Host memory, uint8 [size], from and to which copies run asynchronously, in place of what was given before."""
 
     def copy_in(self, address: int, source: Array) -> None: ...
 
@@ -140,6 +145,7 @@ class NoDevice:
     has is in use, so what was allocated in all is the peak."""
 
     name = "none"
+    setting_up: AbstractContextManager[object] = contextlib.nullcontext()
 
     def __init__(self) -> None:
         self.peak = 0

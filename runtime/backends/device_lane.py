@@ -22,20 +22,21 @@ from .device import ALIGNMENT, Arena, Device, DeviceMemoryError, DeviceTensor, N
 
 MEMORY_SHARE = 0.8  # of what is free that tensors may take: backends need some for themselves
 RECORDS = 16  # that a lane keeps; each holds a program's inputs and outputs
+TRIES = 2  # to make a record: what others do on the device may spoil one
 
 
 @dataclass
 class Record:
     """A program that ran once: its inputs, where they are kept, and from the second run on what launches it.
 
-    executions: what the backend made for its graphs, and for nothing else. recordable: False where recording it failed.
+    executions: what the backend made for its graphs, and for nothing else. tries: that recording it may still take.
     """
 
     inputs: dict[str, DeviceTensor]
     executions: dict[Any, Any] = field(default_factory=dict)
     launch: Callable[[], None] | None = None
     outputs: Sequence[DeviceTensor] = ()
-    recordable: bool = True
+    tries: int = TRIES
 
 
 class DeviceLane(ABC):
@@ -96,6 +97,7 @@ class DeviceLane(ABC):
 
     def stage(self, size: int) -> Array:
         if len(self.staging) < size:
+            self.staging = np.empty(0, np.uint8)  # the device takes the old one back, and may have no other
             self.staging = self.device.pinned(rounded(size))
         return self.staging
 
@@ -148,36 +150,42 @@ class DeviceLane(ABC):
         The first run makes everything that a record may not: executions for new shapes, memory.
         """
         if key not in self.kept:
-            while len(self.kept) >= RECORDS:
-                self.kept.popitem(last=False)
-            record = Record(self.upload_all(arrays))
-            try:
-                with self.running_for(record):
-                    outputs = program(record.inputs)
-                    if not self.settled(record):
-                        outputs = program(record.inputs)
-                    result = [self.download(tensor) for tensor in outputs]
-            except BaseException:
-                self.device.synchronize()  # what was made for it must outlive what it launched
-                raise
-            self.kept[key] = record
-            return result
+            with self.device.setting_up:
+                return self.run_first(key, arrays, program)
         record = self.kept[key]
         self.kept.move_to_end(key)
         self.refill(record.inputs, arrays)
-        if record.launch is None and record.recordable:
-            self.record(key, record, program)
+        if record.launch is None and record.tries:
+            with self.device.setting_up:
+                self.record(key, record, program)
         if record.launch is None:
             return [self.download(tensor) for tensor in program(record.inputs)]
         record.launch()
         return [self.download(tensor) for tensor in record.outputs]
+
+    def run_first(self, key: Hashable, arrays: Mapping[str, Array], program: Program) -> list[Array]:
+        """Runs a program that is to be recorded."""
+        while len(self.kept) >= RECORDS:
+            self.kept.popitem(last=False)
+        record = Record(self.upload_all(arrays))
+        try:
+            with self.running_for(record):
+                outputs = program(record.inputs)
+                if not self.settled(record):
+                    outputs = program(record.inputs)
+                result = [self.download(tensor) for tensor in outputs]
+        except BaseException:
+            self.device.synchronize()  # what was made for it must outlive what it launched
+            raise
+        self.kept[key] = record
+        return result
 
     def settled(self, record: Record) -> bool:
         """Whether what the first run made is as it will be when it is recorded."""
         return True
 
     def record(self, key: Hashable, record: Record, program: Program) -> None:
-        """Records a program that ran once. Where that fails it is run graph by graph from then on, with a warning."""
+        """Records a program that ran once. Where that fails it is run graph by graph; where it fails again, for good, with a warning."""
 
         def launch() -> None:
             record.outputs = program(record.inputs)
@@ -190,9 +198,10 @@ class DeviceLane(ABC):
             if isinstance(error, DeviceMemoryError) or not isinstance(error, BackendError):
                 del self.kept[key]
                 raise
-            record.recordable, record.outputs = False, ()
-            record.executions.clear()
-            warnings.warn(f"not recorded as one launch, its graphs are launched one by one: {error}", RuntimeWarning, stacklevel=2)
+            record.outputs, record.tries = (), record.tries - 1
+            if not record.tries:
+                record.executions.clear()
+                warnings.warn(f"not recorded as one launch, its graphs are launched one by one: {error}", RuntimeWarning, stacklevel=2)
         finally:
             self.recording = False
 

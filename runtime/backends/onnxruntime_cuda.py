@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -17,7 +18,7 @@ from ..manifest import Manifest
 from ..profiles import general_profile
 from . import MOST_IMAGES, Array
 from .cache_folder import cache_folder
-from .cuda import CudaDevice, device_index
+from .cuda import CudaDevice, device_facts, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane
 from .lanes import LaneBackend, Lanes
@@ -35,8 +36,8 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
     provider = "CUDAExecutionProvider"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
+        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so; some providers are there only then
         check_packages(self.provider)
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so
         index = device_index(device)
         self.device = f"cuda:{index}"
         options = ort.SessionOptions()
@@ -80,19 +81,28 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         if graph == "sampler":
             return others
         most, half = MOST_IMAGES[cls.name], manifest.float_type == "float16"
-        folder = cache_folder(manifest, f"{cls.name}-{most}")  # the C++ library's engines are made for other shapes
+        folder = cache_folder(manifest, f"{cls.name}-{most}-{cls.platform(index)}")
+        kept: dict[str, Any] = {}
+        if folder is not None:  # to ONNX Runtime no path is a wrong one, even where it would not be used
+            for what in ("engine", "timing"):
+                kept |= {f"trt_{what}_cache_enable": True, f"trt_{what}_cache_path": str(folder)}
         profile = general_profile(manifest, graph, (1, 1, most), modulation() if graph in ("encoder", "decoder") else None)
         options = {
             **{f"trt_profile_{name}_shapes": joined(profile, index) for index, name in enumerate(("min", "opt", "max"))},
             "device_id": index,
             "trt_fp16_enable": half,
             "trt_layer_norm_fp32_fallback": half,
-            "trt_engine_cache_enable": folder is not None,
-            "trt_engine_cache_path": str(folder or ""),
-            "trt_timing_cache_enable": folder is not None,
-            "trt_timing_cache_path": str(folder or ""),
+            **kept,
         }
         return [(cls.provider, options), *others]
+
+    @staticmethod
+    def platform(index: int) -> str:
+        """TensorRT and GPU, as a part of a folder's name. ONNX Runtime takes engines of others for its own, and fails to load them."""
+        import tensorrt
+
+        name, _ = device_facts(index)
+        return re.sub(r"[^\w.]+", "-", f"{tensorrt.__version__}-{name}")
 
 
 def check_packages(provider: str) -> None:
@@ -159,6 +169,7 @@ class OrtLane(DeviceLane):
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
         session = self.sessions.get(graph)
+        self.device.synchronize()  # ONNX Runtime's streams do not wait for this lane's, and it may copy what is bound at once
         binding = session.io_binding()
         for name, tensor in inputs.items():
             if isinstance(tensor, np.ndarray):
@@ -167,7 +178,6 @@ class OrtLane(DeviceLane):
                 binding.bind_input(name, self.kind, self.index, tensor.dtype.type, list(tensor.shape), tensor.address)
         for name, tensor in outputs.items():
             binding.bind_output(name, self.kind, self.index, tensor.dtype.type, list(tensor.shape), tensor.address)
-        self.device.synchronize()  # ONNX Runtime's streams do not wait for this lane's
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception

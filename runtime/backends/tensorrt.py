@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..builds import Platform, choose_build, covering_profile
 from ..interrupts import held_back
 from ..manifest import Manifest
 from . import Array
-from .cuda import CudaDevice, device_facts, use_device
+from .cuda import CudaDevice, device_facts, setting_up, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane, Record
 from .lanes import LaneBackend, Lanes
@@ -99,18 +100,21 @@ def refit(engine: Any, graph: Path, data_of: Path, changed: Collection[str] = ()
 class Plans:
     """The plans of an engine's build, loaded when first run, and shared by all lanes."""
 
-    def __init__(self, manifest: Manifest, platform: Platform) -> None:
+    def __init__(self, manifest: Manifest, platform: Platform, setting_up: AbstractContextManager[object]) -> None:
+        """setting_up: of the device."""
         self.manifest = manifest
+        self.setting_up = setting_up
         self.build = choose_build(manifest, platform)
         self.runtime = start_runtime()
         if self.build.options.get("version_compatible"):
             self.runtime.engine_host_code_allowed = True  # such plans bring a runtime of their own
         self.engines: dict[str, Any] = {}
-        self.lock = threading.Lock()
 
     def engine(self, graph: str) -> Any:
         """A graph's ICudaEngine. Raises BackendError where TensorRT refuses the plan."""
-        with self.lock:
+        if (loaded := self.engines.get(graph)) is not None:
+            return loaded
+        with self.setting_up:
             if graph not in self.engines:
                 if graph not in self.build.graphs:
                     raise BackendError(f"{self.manifest.folder}: the TensorRT build {self.build.id} has no {graph}")
@@ -135,7 +139,7 @@ class TensorRTBackend(LaneBackend["TensorRTLane"]):
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
         index = use_device(device)
         self.device = f"cuda:{index}"
-        self.plans = plans = Plans(manifest, platform_of(index))
+        self.plans = plans = Plans(manifest, platform_of(index), setting_up(index))
         self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
 
     def try_graphs(self) -> None:
@@ -227,11 +231,14 @@ class TensorRTLane(DeviceLane):
         return mine < CONTEXTS
 
     def new_context(self, graph: str, profile: int) -> Context:
+        engine = self.plans.engine(graph)
         LOGGER.listen()
-        execution = self.plans.engine(graph).create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if execution is None:
-            raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.error}")
-        self.check(execution.set_optimization_profile_async(profile, self.stream), f"{graph}: TensorRT does not take its profile {profile}")
+        with self.device.setting_up:
+            execution = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if execution is None:
+                raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.error}")
+            done = execution.set_optimization_profile_async(profile, self.stream)
+        self.check(done, f"{graph}: TensorRT does not take its profile {profile}")
         return Context(execution, profile)
 
     def set_shapes(self, context: Context, graph: str, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> None:
