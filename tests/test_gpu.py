@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from conftest import list_anew
 from enat import Pipeline
 from enat.errors import BackendError, EnatError, Stopped
 from enat.export.compare import compare
+from enat.runtime.manifest import read_manifest
 from enat.runtime.pipeline import BUNDLED_ENGINE
 
 
@@ -109,6 +111,66 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Copy:
         return result
 
     return copy
+
+
+@pytest.fixture
+def copying_lane() -> Iterator[Callable[[], Any]]:
+    """Lanes that run no graphs, for which CUDA alone is enough."""
+    from enat.runtime.backends.cuda import CudaDevice
+    from enat.runtime.backends.device_lane import DeviceLane
+
+    class CopyingLane(DeviceLane):
+        def execute(self, graph: str, inputs: Any, outputs: Any) -> None:
+            raise AssertionError("no graph is run")
+
+        def scratch_of_image(self, graphs: Any) -> None:
+            return None
+
+        def modulation_shapes(self) -> dict[str, tuple[int, ...]]:
+            return {}
+
+    with contextlib.ExitStack() as stack:
+
+        def lane() -> CopyingLane:
+            made = CopyingLane(read_manifest(BUNDLED_ENGINE), CudaDevice(0))
+            stack.callback(made.close)
+            return made
+
+        yield lane
+
+
+def copied(lane: Any, columns: int, seed: int) -> bool:
+    """Whether arrays that are uploaded, joined, cut and downloaded are what NumPy makes of them; the same columns are the same record."""
+    rng = np.random.default_rng(seed)
+    arrays = {"a": rng.random((4, columns, 5), np.float32), "b": rng.random((4, 3, 5), np.float32), "positions": np.empty((4, 0), np.int64)}
+    program = lambda given: [lane.first_rows(lane.concatenate([given["a"], given["b"], given["a"]]), 2), given["b"]]  # noqa: E731
+    joined, b = lane.compute(columns, arrays, program)
+    return np.array_equal(joined, np.concatenate([arrays["a"], arrays["b"], arrays["a"]], axis=1)[:2]) and np.array_equal(b, arrays["b"])
+
+
+def test_memory_and_records(copying_lane: Callable[[], Any]) -> None:
+    lane = copying_lane()
+    for seed, columns in enumerate((0, 1, 1000, 7) * 4):
+        assert copied(lane, columns, seed)
+    assert all(record.launch is not None for record in lane.kept.values()) and len(lane.kept) == 4
+
+
+def test_lanes_do_not_spoil_each_others_records(copying_lane: Callable[[], Any]) -> None:
+    """Each makes records while the others take and free memory."""
+
+    def work(lane: Any) -> None:
+        lane.enter()
+        for seed in range(300):
+            assert copied(lane, seed // 3, seed)
+            if seed % 30 == 29:
+                assert len(lane.kept) == 10 and all(record.launch is not None for record in lane.kept.values())
+                lane.forget()
+                lane.arena.free_unused()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of what is not recorded
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, [copying_lane() for _ in range(4)]))
 
 
 def limits(pipe: Pipeline) -> tuple[float, float]:
