@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError, InputError
-from ..runtime.backends import BACKENDS, MOST_IMAGES
+from ..runtime.backends import BACKENDS, MOST_IMAGES, check_precision
 from ..runtime.builds import read_builds
 from ..runtime.files import replace_folder
 from ..runtime.manifest import ALL_GRAPHS, FILE, SETTINGS, Manifest, read_manifest
@@ -104,6 +104,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     if options.backend == "tensorrt" and not any(isinstance(most, int) and most >= options.max_batch for most in built):
         found = f"builds for at most {', '.join(map(str, built))}" if built else "no TensorRT build"
         raise InputError(f"{engine}: has {found}; expected one for {options.max_batch} pictures at once")
+    check_precision(options.backend, manifest)
     most = MOST_IMAGES.get(options.backend)
     if most and options.max_batch > most:
         raise InputError(f"{options.backend} draws at most {most} pictures at once, got a max batch of {options.max_batch}")

@@ -281,6 +281,11 @@ def test_onnxruntime_builds_engines_of_its_own_where_they_can_be_written(
     assert not any("cache" in name for name in options)  # an empty path would be refused
 
 
+def test_the_tensorrt_of_onnxruntime_runs_no_8_bit_engines(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match="onnxruntime-tensorrt runs no int8 engines, whose 8-bit values are unsigned; use fp16 or"):
+        open_backend("onnxruntime-tensorrt", dataclasses.replace(manifest, precision="int8"), "cuda:0")
+
+
 @pytest.mark.usefixtures("platform")
 def test_onnxruntime_builds_for_whatever_a_graph_may_be_asked(manifest: Manifest) -> None:
     """And not for the shapes of the first step, in which nothing is visible yet."""

@@ -276,6 +276,12 @@ def test_wrong_arguments(built: Path, arguments: list[str], message: str, code: 
     refused(enat_run(built, *arguments), message, codes=(code,))
 
 
+def test_the_tensorrt_of_onnxruntime_runs_no_8_bit_engines(plain: Path, tmp_path: Path) -> None:
+    engine = engine_of(tmp_path / "engine", lambda data: data.update(precision="int8", calibration={"weight_bits": 8}), graphs=True)
+    arguments = ("--class", "1", "--out", "x.png", "--device", "cuda:0", "--provider", "tensorrt")
+    refused(enat_run(plain, *arguments, engine=engine), "the provider tensorrt runs no int8 engines", codes=(2,))
+
+
 def test_no_engine(plain: Path) -> None:
     refused(call(plain / "enat-run-cpp", "--class", "1", "--out", "x.png"), "expected --engine")
     assert "usage: enat-run-cpp" in done(plain / "enat-run-cpp", "-h")

@@ -256,6 +256,9 @@ def test_what_is_refused(tmp_path: Path, engine_copy: Path) -> None:
     refused(write(tmp_path / "file" / "models"), "enat: cannot be written")
     refused(write(engine_copy), "has a manifest.json, as engines do; expected a model repository, or a new folder")
     manifest = json.loads((engine_copy / "manifest.json").read_text())
+    (engine_copy / "manifest.json").write_text(json.dumps({**manifest, "precision": "int8", "calibration": {"weight_bits": 8}}))
+    asked = ("--engine", engine_copy, "--gpus", 0, "--backend", "onnxruntime-tensorrt")
+    refused(write(tmp_path / "x", *asked), "onnxruntime-tensorrt runs no int8 engines")
     del manifest["files"]["image_decoder.onnx"]
     (engine_copy / "manifest.json").write_text(json.dumps(manifest))
     refused(write(tmp_path / "x", "--engine", engine_copy), "has no image decoder and gives tokens only")

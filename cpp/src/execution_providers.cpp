@@ -132,6 +132,9 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         throw InputError("the provider " + provider + " runs on " + (device.cuda ? "cpu" : "cuda:N") + ", got the device " +
                          options.device);
     }
+    if (provider == "tensorrt" && manifest.precision == "int8") {
+        throw InputError("the provider tensorrt runs no int8 engines, whose 8-bit values are unsigned; use an fp16 or fp32 one, or cuda");
+    }
     if (options.threads < 0 || options.threads > machine_threads()) {
         throw InputError("expected 1 to " + std::to_string(machine_threads()) +
                          " threads, as this machine's CPU has, or 0 for one for each core that the process may use, got " +

@@ -155,9 +155,18 @@ def in_order(kind: str, manifest: Manifest) -> Sequence[str]:
     return AUTO[kind][::-1] if kind == "cpu" and manifest.model.dim < wide else AUTO[kind]
 
 
+def check_precision(name: str, manifest: Manifest) -> None:
+    """Raises InputError where a backend runs no engines of this precision."""
+    if name == "onnxruntime-tensorrt" and manifest.precision == "int8":
+        raise InputError(
+            f"{manifest.folder}: {name} runs no int8 engines, whose 8-bit values are unsigned; use fp16 or fp32 ones, or --backend tensorrt"
+        )
+
+
 def load_backend(name: str, kind: str, manifest: Manifest, device: str, threads: int | None, slots: int) -> Candidate:
     if kind not in BACKENDS[name]:
         raise InputError(f"the backend {name} runs on {' and '.join(BACKENDS[name])}, got the device {device!r}")
+    check_precision(name, manifest)
     module, cls = BACKENDS[name][kind]
     try:
         with held_back():
