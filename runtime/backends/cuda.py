@@ -101,7 +101,8 @@ class CudaDevice:
         if self.page is not None:
             page, self.page = self.page, None
             self.synchronize()  # copies may use it
-            call(cudart.cudaFreeHost, page)
+            with self.setting_up:
+                call(cudart.cudaFreeHost, page)
 
     def copy_in(self, address: int, source: Array) -> None:
         call(cudart.cudaMemcpyAsync, address, source.ctypes.data, source.nbytes, KINDS.cudaMemcpyHostToDevice, self.stream)
