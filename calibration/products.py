@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ..errors import ExportError
+from ..graph_file import load
 from ..runtime.manifest import Manifest
 from ..runtime.schedule import Step
 
@@ -63,7 +64,7 @@ class Group:
 
 def load_graphs(manifest: Manifest, names: Sequence[str] = (*GRAPHS, "condition")) -> Graphs:
     """An engine's graphs; weights stay on the disk until they are read."""
-    return {name: ir.load(manifest.path(f"{name}.onnx")) for name in names if manifest.has(f"{name}.onnx")}
+    return {name: load(manifest.path(f"{name}.onnx")) for name in names if manifest.has(f"{name}.onnx")}
 
 
 def is_product(node: ir.Node) -> bool:

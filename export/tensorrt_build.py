@@ -10,10 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from ..calibration.products import fixed
 from ..errors import EngineError, ExportError, InputError, reason
+from ..graph_file import load
 from ..runtime.backends.cuda import device_index, use_device
 from ..runtime.backends.tensorrt import platform_of, start_runtime
 from ..runtime.builds import (
@@ -124,7 +123,7 @@ def describe(manifest: Manifest, here: Platform, options: Options) -> Build:
 
 def modulation_shapes(manifest: Manifest) -> dict[str, Shape]:
     """Shapes of the condition's outputs beyond their first axis, read off the graph."""
-    outputs = ir.load(manifest.path("condition.onnx")).graph.outputs
+    outputs = load(manifest.path("condition.onnx")).graph.outputs
     return {str(output.name): tuple(map(fixed, list(output.shape or ())[1:])) for output in outputs}
 
 

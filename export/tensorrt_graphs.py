@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..calibration.products import NETWORK
 from ..calibration.quantize import ZERO_POINT, constant, describe
-from ..graph_file import save
+from ..graph_file import load, save, save_without_data
 from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
 from .tables import condition_graph
@@ -25,9 +25,7 @@ class Prepared:
     data_of: Path
 
     def load(self) -> ir.Model:
-        model = ir.load(self.path)
-        ir.external_data.set_base_dir(model.graph, self.data_of.parent)
-        return model
+        return load(self.path, self.data_of.parent)
 
 
 def prepare(manifest: Manifest, graph: str, folder: Path) -> Prepared:
@@ -40,12 +38,12 @@ def prepare(manifest: Manifest, graph: str, folder: Path) -> Prepared:
     own = manifest.path(f"{graph}.onnx")
     path = folder / own.name
     if graph == "condition":
-        if not any(node.op_type == "Cast" for node in ir.load(own).graph):
+        if not any(node.op_type == "Cast" for node in load(own).graph):
             return Prepared(own, own)
         folder.mkdir(exist_ok=True)
         save(looked_up(manifest), path)
         return Prepared(path, path)
-    model = ir.load(own)
+    model = load(own)
     signed = to_signed(model)
     if signed:
         dequantize_at_once(model)
@@ -56,7 +54,7 @@ def prepare(manifest: Manifest, graph: str, folder: Path) -> Prepared:
     elif not signed:
         return Prepared(own, own)
     folder.mkdir(exist_ok=True)
-    ir.save(model, path)  # external data stays where it is
+    save_without_data(model, path, own.parent)
     return Prepared(path, own)
 
 

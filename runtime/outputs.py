@@ -163,7 +163,9 @@ def check_folder(out: Path, resume: bool, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder; a single picture's file ends in {', '.join(IMAGE_SUFFIXES)}")
     began = (out / RUN_RECORD).is_file()
-    if out.is_dir() and any(out.iterdir()) and not (resume and began) and not force:
+    # A run that was killed before its record was written leaves a part of that.
+    filled = out.is_dir() and any(not (resume and PARTIAL.fullmatch(path.name)) for path in out.iterdir())
+    if filled and not (resume and began) and not force:
         if not resume:
             hint = "--resume goes on with the run that began there, " if began else ""
             raise InputError(f"{out}: exists and is not empty; {hint}--force writes into it")
@@ -194,6 +196,8 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
 
 def read_record(out: Path) -> dict[str, Any]:
     """The record of the run that began in a folder. Raises InputError where there is none."""
+    if not out.exists():
+        raise InputError(f"{out}: no run to go on with: there is no such folder; classes begin one")
     try:
         record = json.loads((out / RUN_RECORD).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -201,6 +205,11 @@ def read_record(out: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{out}: no run to go on with: {RUN_RECORD} is damaged")
     return record
+
+
+def is_written(path: Path) -> bool:
+    """Whether a picture's file is there; where the power failed, some file systems keep its name and not its bytes."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def write_folder(
@@ -211,7 +220,7 @@ def write_folder(
     With `resume` files that are there already are left as they are; files appear whole or not at all.
     """
     paths = [out / file_name(pipeline, request, i, suffix) for i in range(len(request.labels))]
-    missing = [i for i, path in enumerate(paths) if not (resume and path.exists())]
+    missing = [i for i, path in enumerate(paths) if not (resume and is_written(path))]
     for i in set(range(len(paths))) - set(missing):
         on_written(paths[i])
     for start in range(0, len(missing), batch_size):

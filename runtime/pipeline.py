@@ -289,7 +289,7 @@ def check_batch_size(value: SupportsIndex) -> int:
 def as_path(given: Any) -> Path:
     """Raises InputError for what no file can be called."""
     try:
-        if b"\0" not in os.fsencode(path := Path(given)):
+        if given != "" and b"\0" not in os.fsencode(path := Path(given)):
             return path
     except (TypeError, ValueError):
         pass

@@ -272,4 +272,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     except FileExistsError as error:
         raise EngineError(f"{source}: listed twice in {FILE}") from error
     except OSError:
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            error.filename, error.filename2 = str(target), None  # it names the source first, which may lie on another disk
+            raise

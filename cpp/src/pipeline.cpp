@@ -24,6 +24,8 @@ Preview::~Preview() = default;
 
 namespace {
 
+constexpr std::size_t largest_request = 1'000'000;  // pictures
+
 /// Everything that a request asks for, checked.
 struct Request {
     std::vector<std::int64_t> labels;  // one an image
@@ -55,6 +57,10 @@ Request make_request(const Manifest& manifest, const std::vector<Class>& classes
     if (settings.num < 1) throw InputError("expected 1 or more images a class, got " + std::to_string(settings.num));
     if (settings.batch_size < 1) throw InputError("expected a batch size of 1 or more, got " + std::to_string(settings.batch_size));
     if (classes.empty()) throw InputError("expected at least one class");
+    if (static_cast<std::size_t>(settings.num) > largest_request / classes.size()) {
+        throw InputError(std::to_string(classes.size()) + " classes of " + std::to_string(settings.num) +
+                         " pictures are too many for one request; expected at most " + std::to_string(largest_request));
+    }
     for (const Class& wanted : classes) {
         request.labels.insert(request.labels.end(), static_cast<std::size_t>(settings.num), class_index(manifest.model, wanted));
     }
