@@ -68,7 +68,8 @@ def record(
     return result
 
 
-# (step, logits at trajectory.positions[:, step.visible:], features of the visible tokens), both on the lane
+# (step, logits of the masked positions: all in raster order at step 0, then as in trajectory.positions[:, step.visible:]; features of
+# the visible tokens), both on the lane
 OnLogits = Callable[[Step, Tensor, Tensor], None]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
     config = network.config
     checks: list[verify.Check] = []
 
-    def add(name: str, graph: ir.Model, reference: Callable[..., Any] | None, cases: Iterator[verify.Inputs]) -> None:
+    def add(name: str, graph: ir.Model, check: Callable[..., verify.Check], *arguments: Any) -> None:
         path = folder / f"{name}.onnx"
         save(graph, path)
-        checks.append(verify.check_graph(path, reference, cases) if reference else verify.check_sampler(path, cases))
+        checks.append(check(path, *arguments))
         report(f"  {checks[-1]}")
 
     modulation = network.modulation
@@ -105,7 +105,8 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
     report("condition")
     with torch.inference_mode():
         tables = modulation(torch.arange(config.num_classes + 1))
-    add("condition", condition_graph(*(table.numpy() for table in tables)), modulation, verify.condition_cases(config))
+    graph = condition_graph(*(table.numpy() for table in tables))
+    add("condition", graph, verify.check_graph, modulation, verify.condition_cases(config))
     del tables
 
     report("encoder")
@@ -122,7 +123,7 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
             ],
             [Port("visible_features", ("rows", "visible", config.dim))],
         )
-    add("encoder", graph, encoder, verify.encoder_cases(config, modulation))
+    add("encoder", graph, verify.check_graph, encoder, verify.encoder_cases(config, modulation))
     del graph
 
     report("decoder")
@@ -138,11 +139,11 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
             ],
             [Port("logits", ("rows", "masked", config.codes))],
         )
-    add("decoder", graph, decoder, verify.decoder_cases(config, modulation))
+    add("decoder", graph, verify.check_graph, decoder, verify.decoder_cases(config, modulation))
     del graph
 
     report("sampler")
-    add("sampler", sampler_graph(config.length, config.codes), None, verify.sampler_cases(config))
+    add("sampler", sampler_graph(config.length, config.codes), verify.check_sampler, verify.sampler_cases(config))
 
     if tokenizer:
         size = config.grid * tokenizer.config.factor
@@ -151,10 +152,11 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
         example = next(verify.image_decoder_cases(config.codes, config.length, batches=(2,)))
         with lean_decoder(tokenizer), torch.inference_mode():
             graph = trace(ImageDecoderGraph(tokenizer), example, [tokens, positions], [Port("images", ("batch", size, size, 3))])
-        add("image_decoder", graph, ImageDecoderGraph(tokenizer), verify.image_decoder_cases(config.codes, config.length))
+        cases = verify.image_decoder_cases(config.codes, config.length)
+        add("image_decoder", graph, verify.check_graph, ImageDecoderGraph(tokenizer), cases)
         if image_encoder:
             report("image encoder")
             images = Port("images", ("batch", size, size, 3))
             graph = trace(ImageEncoderGraph(tokenizer), next(verify.image_encoder_cases(size, batches=(2,))), [images], [tokens])
-            add("image_encoder", graph, ImageEncoderGraph(tokenizer), verify.image_encoder_cases(size))
+            add("image_encoder", graph, verify.check_image_encoder, tokenizer, verify.image_encoder_cases(size))
     return checks

@@ -192,10 +192,15 @@ class ImageDecoderGraph(nn.Module):
         return to_uint8(self.tokenizer.decode(raster))
 
 
+def unit_pixels(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] → float [B, 3, H, W] in [0, 1]."""
+    return images.float().permute(0, 3, 1, 2) / 255
+
+
 class ImageEncoderGraph(nn.Module):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tokenizer.encode(images.float().permute(0, 3, 1, 2) / 255)
+        return self.tokenizer.encode(unit_pixels(images))

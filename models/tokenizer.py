@@ -131,12 +131,15 @@ class Codebook(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.codes, config.code_dim)
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """z [B, Z, H, W] → tokens [B, H·W], raster order."""
+    def distances(self, z: Tensor) -> Tensor:
+        """z [B, Z, H, W] → squared distances to all codes [B, H·W, K], raster order: |z − e|² without |z|², which they have in common."""
         z = z.flatten(2).transpose(1, 2)  # [B, HW, Z]
         codes = self.embedding.weight
-        # |z − e|² without |z|², which does not change which code is nearest
-        return (codes.square().sum(1) - 2 * (z @ codes.T)).argmin(-1)
+        return codes.square().sum(1) - 2 * (z @ codes.T)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """z [B, Z, H, W] → tokens [B, H·W], raster order."""
+        return self.distances(z).argmin(-1)
 
 
 class Tokenizer(nn.Module):

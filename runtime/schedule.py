@@ -59,7 +59,7 @@ def check_setting(name: str, value: float | np.floating[Any]) -> float:
 
 
 def schedule(length: int, steps: int, guidance: float, mask_temperature: float, sampling_temperature: float) -> list[Step]:
-    """The steps of a run over `length` tokens, each of which reveals one token or more.
+    """The steps of a run over `length` tokens; of very many, some reveal nothing.
 
     guidance: at the end; it rises linearly from 0. mask_temperature, sampling_temperature: at the start; they fall linearly.
     Raises InputError where a setting is out of its range.

@@ -29,6 +29,7 @@ from enat.errors import BackendError, EngineError, InputError
 from enat.export.cli import main as export_main
 from enat.runtime import backends
 from enat.runtime.backends import onnxruntime_cuda, open_backend
+from enat.runtime.backends.numpy_lane import failure
 from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.interrupts import held_back
 from enat.runtime.manifest import Manifest, read_manifest
@@ -47,6 +48,25 @@ def test_paths_that_are_no_text(engines: Callable[[str], Path], tmp_path: Path) 
     engine = shutil.copytree(engines("tiny"), tmp_path / os.fsdecode(b"\xff"))
     with pytest.raises(BackendError, match=r"ONNX Runtime .* cannot load it: it takes no paths that are no UTF-8"):
         Pipeline.load(engine, "onnxruntime").generate_tokens([1])
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (RuntimeError("bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal Failed to allocate memory for 1 B"), True),
+        (RuntimeError("[CPU] Transpose node with name 'T' Check 'ptr' failed at src/plugins/intel_cpu/src/cpu_memory.cpp:257:"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (MemoryError("Unable to allocate 1 GiB"), True),
+        (RuntimeError("an invalid shape"), False),
+    ],
+)
+def test_memory_that_a_cpu_lacks(error: Exception, short: bool) -> None:
+    said = str(failure("encoder", "OpenVINO", error, "the reason"))
+    assert said == (
+        "encoder.onnx: not enough memory for so many pictures at once; choose a smaller batch size"
+        if short
+        else "encoder.onnx: OpenVINO failed: the reason"
+    )
 
 
 def test_words_and_numbers_that_are_not_known(engines: Callable[[str], Path]) -> None:

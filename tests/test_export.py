@@ -358,19 +358,24 @@ def test_graphs_that_differ_from_pytorch_are_refused(
 
 
 def test_whole_numbers_may_hardly_differ() -> None:
-    """Few pixels by one level, none by more, and next to no token."""
-    pixels, tokens = np.full(1000, 7, np.uint8), np.arange(1000)
-    for wanted, places, other, allowed in (
-        (pixels, 10, 8, True),
-        (pixels, 20, 8, False),
-        (pixels, 1, 9, False),
-        (tokens, 1, 5, True),
-        (tokens, 2, 5, False),
-    ):
+    """Few pixels by one level, none by more."""
+    wanted = np.full(1000, 7, np.uint8)
+    for places, other, allowed in ((10, 8, True), (20, 8, False), (1, 9, False)):
         found = wanted.copy()
         found[:places] = other
         error, limit = verify.difference(found, wanted)
-        assert (error <= limit) == allowed, (wanted.dtype, places, other)
+        assert (error <= limit) == allowed, (places, other)
+
+
+def test_codes_are_the_nearest() -> None:
+    """But for rounding, whatever the number of tokens."""
+    distances = np.array([[[0.0, 1e-5, 1e-3, 1.0], [2.0, 0.5, 0.5, 2.0]]], np.float32)
+    for chosen in ([0, 1], [1, 2]):
+        assert verify.nearest_error(distances, np.array([chosen])) <= verify.FLOAT_TOLERANCE
+    for chosen in ([2, 1], [0, 0], [4, 1], [-1, 1], [0]):
+        assert verify.nearest_error(distances, np.array([chosen])) > verify.FLOAT_TOLERANCE
+    assert verify.nearest_error(distances, np.array([[0, 1]], np.int32)) == np.inf
+    assert verify.nearest_error(distances[..., :1], np.array([[0, 0]])) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from enat import Pipeline
 from enat.calibration.calibrate import Settings
 from enat.calibration.products import Graphs, load_graphs
 from enat.calibration.smooth import ALPHA, with_initializers
-from enat.errors import ExportError, InputError
+from enat.errors import EngineError, ExportError, InputError
 from enat.export import convert
 from enat.export.cli import main as export_main
 from enat.export.compare import compare
@@ -30,7 +31,7 @@ from enat.export.convert import Precision, convert_engine
 from enat.export.directory import write_manifest
 from enat.export.precision import out_of_range, to_float16
 from enat.export.tables import int8_probe
-from enat.graph_file import save
+from enat.graph_file import load, save
 from enat.runtime.backends import onnxruntime_cpu
 from enat.runtime.backends.int8_kernels import PROBE
 from enat.runtime.manifest import FILE, Manifest, read_manifest
@@ -446,3 +447,23 @@ def test_precisions_have_names() -> None:
     help_text = " ".join(invoke(export_main, "--help").stdout.split())
     assert f"0 for none; default: {ALPHA}." in help_text
     assert f"draws to be watched; default: {Settings().images}." in help_text
+
+
+def test_engines_whose_files_have_other_names_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those have that a model repository shares them with; but weights that a graph looks for elsewhere are not read."""
+    monkeypatch.setattr("enat.graph_file.EXTERNAL_DATA_FROM", 100_000)
+    engine = Path(shutil.copytree(BUNDLED_ENGINE, tmp_path / "engine"))
+    for name in ("encoder", "decoder", "image_decoder"):
+        save(ir.load(engine / f"{name}.onnx"), engine / f"{name}.onnx")
+        (tmp_path / f"{name}.data").hardlink_to(engine / f"{name}.onnx.data")
+    list_anew(engine)
+    assert convert_engine(engine, tmp_path / "fp16", Precision("fp16")).top1 > 0.98
+    assert (tmp_path / "fp16" / "encoder.onnx.data").is_file()
+    model = onnx.load(engine / "encoder.onnx", load_external_data=False)
+    for one in model.graph.initializer:
+        for entry in one.external_data:
+            if entry.key == "location":
+                entry.value = "../encoder.data"
+    onnx.save(model, engine / "encoder.onnx")
+    with pytest.raises(EngineError, match=r"encoder\.onnx: its weights .* lie outside its folder"):
+        load(engine / "encoder.onnx")

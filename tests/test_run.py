@@ -485,6 +485,21 @@ def test_what_a_killed_run_left_is_cleared_away(run: Run) -> None:
     assert run(*arguments, "--resume").exit_code == 0 and left.exists()  # of a process that runs, maybe
     os.utime(left, (0, 0))
     assert run(*arguments, "--resume").exit_code == 0 and not left.exists()
+    for file in Path("folder").iterdir():
+        file.unlink()
+    left.touch()  # all that there is: it was killed when it began
+    assert run(*arguments, "--resume").exit_code == 0 and len(list(Path("folder").glob("*.png"))) == 2
+
+
+def test_pictures_without_content_are_drawn_again(run: Run) -> None:
+    """As some file systems leave them when the power fails."""
+    arguments = ("--class", "1-2", "--seed", 1, "--out", "folder", "--resume")
+    assert run(*arguments).exit_code == 0
+    first, second = sorted(Path("folder").glob("*.png"))
+    content = [path.read_bytes() for path in (first, second)]
+    second.write_bytes(b"")
+    assert run(*arguments).exit_code == 0
+    assert [path.read_bytes() for path in (first, second)] == content
 
 
 def test_a_record_with_a_seed_that_is_none(run: Run) -> None:

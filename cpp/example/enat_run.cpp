@@ -24,8 +24,6 @@
 
 namespace {
 
-constexpr std::size_t most_pictures = 1'000'000;  // of one run
-
 constexpr const char* usage = R"(usage: enat-run-cpp --engine DIR --class CLASS [--class CLASS …] --out FILE
 
   --engine DIR                engine directory
@@ -228,9 +226,6 @@ void run(const Arguments& arguments) {
     }
     const auto classes = parse_classes(pipeline, arguments.classes);
     const std::size_t count = classes.size() * static_cast<std::size_t>(std::max(arguments.settings.num, 1));
-    if (count > most_pictures) {
-        throw enat::InputError("these are too many pictures for one run; expected at most " + std::to_string(most_pictures));
-    }
     const PartialFile file(arguments.out);
     enat::Tokens tokens;
     if (ending == ".png") {

@@ -8,7 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
+from ...errors import BackendError
 from . import Array, Program
+
+SHORT_OF_MEMORY = ("allocate memory", "bad_alloc", "cpu_memory.cpp")  # in the words of ONNX Runtime, C++ and OpenVINO
 
 
 class NumpyLane(ABC):
@@ -53,6 +56,13 @@ class NumpyLane(ABC):
 
     def compute(self, key: Hashable | None, arrays: Mapping[str, Array], program: Program) -> list[Array]:
         return list(program(arrays))
+
+
+def failure(graph: str, backend: str, error: Exception, why: str) -> BackendError:
+    """What to raise where a backend failed to run a graph; why: in its own words."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in SHORT_OF_MEMORY):
+        return BackendError(f"{graph}.onnx: not enough memory for so many pictures at once; choose a smaller batch size")
+    return BackendError(f"{graph}.onnx: {backend} failed: {why}")
 
 
 def pictures(array: Array, batch: int, chosen: slice) -> Array:

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import onnxruntime as ort
 
-from ...errors import BackendError, first_line
+from ...errors import first_line
 from ..cores import machine_cores
 from ..manifest import Manifest
 from . import Array
 from .contract import OUTPUTS
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .lanes import LaneBackend, Lanes
-from .numpy_lane import NumpyLane
+from .numpy_lane import NumpyLane, failure
 from .sessions import CPU, Sessions
 
 FEATURES = 2**19  # 2 MB of float32 a core, of one of the tensors that a picture's tokens have
@@ -90,4 +90,4 @@ class OnnxRuntimeLane(NumpyLane):
         try:
             return session.run(self.outputs(graph), dict(inputs))
         except Exception as error:
-            raise BackendError(f"{graph}.onnx: ONNX Runtime failed: {first_line(error)}") from error
+            raise failure(graph, "ONNX Runtime", error, first_line(error)) from error

@@ -25,7 +25,7 @@ from .contract import output_shapes
 from .int8_kernels import DEPTH as PROBE_DEPTH
 from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
 from .lanes import LaneBackend, Lanes
-from .numpy_lane import NumpyLane
+from .numpy_lane import NumpyLane, failure
 from .openvino_cache import CompiledGraph, GraphCache, reason
 from .openvino_graphs import rewrite
 from .signal_stack import kept_signal_stack
@@ -34,8 +34,8 @@ PROBE_ROWS = 32  # with fewer AMX would not be taken
 
 FIRST, FOLLOWING = "condition", ("decoder", "sampler", "encoder", "image_decoder")  # what a batch of pictures runs, in this order
 
-# Leading sizes of a graph's inputs in a run of its own, before anybody's. OpenVINO (2026.4.1) makes the kernel of an attention with its first
-# run: one that was made for a single key, as where the first step reveals one token, computes wrongly with 16 and more, to the end.
+# Leading sizes of a graph's inputs in a run of its own, before anybody's. OpenVINO (2026.4.1) makes the kernel of an attention with its
+# first run: one that was made for a single key, as where the first step reveals one token, computes wrongly with 16 and more, to the end.
 FIRST_RUN = {"encoder": {"tokens": (2, 3), "positions": (2, 3), "features": (2, 2), "encoder_modulation": (2,)}}
 
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
@@ -245,18 +245,15 @@ class OpenVinoLane(NumpyLane):
         shapes = output_shapes(self.graphs.manifest, graph, inputs, self.modulation_shapes)
         try:
             outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        except MemoryError as error:
-            raise BackendError(f"{graph}.onnx: no memory for its outputs ({error})") from error
-        # OpenVINO reads and writes where they lie, and keeps none of them alive: a copy that was made here must outlive the run.
-        arrays = {name: np.require(array, requirements=("C", "W")) for name, array in {**inputs, **outputs}.items()}
-        try:
+            # OpenVINO reads and writes where they lie, and keeps none of them alive: a copy that was made here must outlive the run.
+            arrays = {name: np.require(array, requirements=("C", "W")) for name, array in {**inputs, **outputs}.items()}
             for name, array in arrays.items():
                 request.set_tensor(name, tensor(array))
             with kept_signal_stack():
                 request.infer()
             compiled.ran()
-        except RuntimeError as error:
-            raise BackendError(f"{graph}.onnx: OpenVINO failed: {reason(error)}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise failure(graph, "OpenVINO", error, reason(error)) from error
         return list(outputs.values())
 
 
