@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,13 +21,11 @@ def load(path: Path, data_in: Path | None = None) -> ir.Model:
     """
     model = ir.load(path)
     folder = (data_in or path.parent).absolute()
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            file = folder / tensor.location
-            if not is_inside(file, folder):
-                raise EngineError(f"{path}: its weights {tensor.name} lie outside its folder, in {file}")
-            value.const_value = moved(tensor, file)
+    for value, tensor in external_data(model):
+        file = folder / tensor.location
+        if not is_inside(file, folder):
+            raise EngineError(f"{path}: its weights {tensor.name} lie outside its folder, in {file}")
+        value.const_value = moved(tensor, file)
     return model
 
 
@@ -42,11 +41,16 @@ def save(model: ir.Model, path: Path) -> None:
 
 def save_without_data(model: ir.Model, path: Path, data_in: Path) -> None:
     """Writes a graph whose large weights stay where they are, in files of `data_in`, which it names as if it lay there."""
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = moved(tensor, Path(tensor.location).relative_to(data_in.absolute()))
+    for value, tensor in external_data(model):
+        value.const_value = moved(tensor, Path(tensor.location).relative_to(data_in.absolute()))
     ir.save(model, path)
+
+
+def external_data(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
+    """The weights that lie in other files."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value, value.const_value
 
 
 def moved(tensor: ir.ExternalTensor, location: Path) -> ir.ExternalTensor:

@@ -107,7 +107,7 @@ def write_graphs(folder: Path, network: Network, tokenizer: Tokenizer | None, im
         tables = modulation(torch.arange(config.num_classes + 1))
     graph = condition_graph(*(table.numpy() for table in tables))
     add("condition", graph, verify.check_graph, modulation, verify.condition_cases(config))
-    del tables
+    del tables, graph
 
     report("encoder")
     encoder = EncoderGraph(network)
