@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from enat.runtime.backends import Array
 from enat.runtime.backends.device import ALIGNMENT, DeviceMemoryError, DeviceTensor
-from enat.runtime.backends.lanes import LaneBackend, Lanes
+from enat.runtime.backends.lanes import DeviceBackend, LaneBackend, Lanes
 from enat.runtime.backends.onnxruntime_cuda import OrtLane
 from enat.runtime.backends.sessions import CPU, Sessions
 from enat.runtime.manifest import Manifest
@@ -121,13 +121,13 @@ class HostLane(OrtLane):
         self.device.do(lambda: run(graph, *bare))
 
 
-class HostBackend(LaneBackend[HostLane]):
+class HostBackend(DeviceBackend[HostLane]):
     name = "host"
     device = "cpu"
 
     def __init__(self, manifest: Manifest, slots: int = 1, limit: int = 2**40, options: ort.SessionOptions | None = None) -> None:
-        self.sessions = Sessions(manifest.reading, options or ort.SessionOptions(), lambda graph: CPU)
-        self.lanes = Lanes(lambda: HostLane(manifest, HostDevice(limit), self.sessions, "cpu"), slots, self.sessions.close)
+        self.sessions = sessions = Sessions(manifest.reading, options or ort.SessionOptions(), lambda graph: CPU)
+        super().__init__(Lanes(lambda: HostLane(manifest, HostDevice(limit), sessions, "cpu"), slots, sessions.close))
 
 
 def lanes_made(backend: LaneBackend[Any]) -> list[Any]:

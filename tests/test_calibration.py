@@ -162,7 +162,8 @@ def trajectories(pipe: Pipeline) -> list[Trajectory]:
 
 def network_logits(pipe: Pipeline, graphs: Graphs, trajectory: Trajectory, folder: Path) -> list[np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
-    return replayed_logits(TappedLane(pipe.manifest, graphs, folder), pipe.manifest, trajectory)
+    quantized = dataclasses.replace(pipe.manifest, precision="int8")  # so that no sum is lost where kernels saturate
+    return replayed_logits(TappedLane(quantized, graphs, folder), pipe.manifest, trajectory)
 
 
 def own_logits(pipe: Pipeline, trajectory: Trajectory) -> list[np.ndarray]:

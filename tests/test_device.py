@@ -184,6 +184,27 @@ def test_memory_is_given_back(pipe: Pipeline) -> None:
     assert not lane.device.pieces
 
 
+def test_memory_of_what_nobody_refers_to_is_given_back(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread of its own: the one that lets go of it may be using another device."""
+    threads: list[int] = []
+    monkeypatch.setattr(HostDevice, "enter", lambda self: threads.append(threading.get_ident()))
+    gc.disable()
+    try:
+        pipeline = Pipeline(pipe.manifest, HostBackend(pipe.manifest))
+        pipeline.generate([1], seed=0)
+        device = lane_of(pipeline).device
+        assert device.pieces
+        threads.clear()
+        del pipeline
+        deadline = time.monotonic() + 10
+        while device.pieces and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert not device.pieces
+    assert len(threads) == 1 and threads != [threading.get_ident()]
+
+
 def test_a_device_is_closed_in_the_thread_that_closes_its_lane(host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which need not have used it before."""
     host.generate([1], seed=0)

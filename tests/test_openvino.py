@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,21 +129,35 @@ def test_kernels_of_this_machine() -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86 CPU: its kernels do not saturate")
 def test_kernels_that_saturate(precisions: dict[str, Path], tmp_path: Path) -> None:
-    """A CPU without VNNI, as OpenVINO's kernels take it from this variable, adds pairs of 8-bit products in too few bits."""
+    """A CPU without VNNI, as OpenVINO's kernels take it from this variable, adds pairs of 8-bit products in too few bits: 62 to 69 % of the
+    tokens were those of others. Kernels for floats are slower, and right."""
+    code = "import sys; from enat.runtime.cli import main; main(sys.argv[1:])"
+    asked = ["--engine", str(precisions["int8"]), "--class", "all", "--seed", "1", "--backend", "openvino", "--out", "tokens.npy"]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    said = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert "int8 kernels overflow (it has no VNNI), so OpenVINO computes as in float32" in said.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where this CPU has no VNNI
+        with Pipeline.load(precisions["int8"], "onnxruntime") as right:
+            expected = right.generate_tokens(CLASSES, seed=1)
+    assert (np.load(tmp_path / "tokens.npy") == expected).mean() > 0.9
 
-    def draw(backend: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        code = "import sys; from enat.runtime.cli import main; main(sys.argv[1:])"
-        asked = ["--engine", str(precisions["int8"]), "--class", "A", "--out", str(tmp_path / "a.png"), "--backend", backend]
-        return subprocess.run(
-            [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False, env={**os.environ, **environment}
-        )
 
-    refusal = draw("openvino", ONEDNN_MAX_CPU_ISA="AVX2")
-    assert refusal.returncode == 1 and not (tmp_path / "a.png").exists()
-    assert "int8 kernels overflow" in refusal.stderr and "--backend onnxruntime has" in refusal.stderr
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    if "avx512_vnni" in flags or "avx_vnni" in flags:
-        assert draw("openvino").returncode == 0
+def test_auto_takes_another_where_kernels_saturate(int7: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the weights' bits, if there is another."""
+    monkeypatch.setattr(backends, "WIDE_IN_8_BITS", 0)  # so that OpenVINO is tried first
+    monkeypatch.setattr(Kernels, "of", lambda core: Kernels(saturate=True))
+    with pytest.warns(RuntimeWarning, match="openvino is passed over: .*int8 kernels overflow.*as in float32"), Pipeline.load(int7) as pipe:
+        assert pipe.backend.name == "onnxruntime"
+    with monkeypatch.context() as alone:
+        alone.setattr(openvino_cpu, "find_spec", lambda name: None)
+        with Pipeline.load(int7) as pipe, pytest.warns(RuntimeWarning, match="int8 kernels overflow.*as in float32"):
+            assert pipe.backend.name == "openvino"
+            assert pipe.generate_tokens([1], seed=0).shape == (1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Pipeline.load(backend="openvino") as pipe:
+            pipe.generate_tokens([1], seed=0)
 
 
 def test_encode_and_previews(openvino: Pipeline, reference: Pipeline) -> None:

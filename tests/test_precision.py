@@ -345,14 +345,19 @@ def test_the_probe_tells_kernels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert onnxruntime_cpu.int8_saturates.__wrapped__()
 
 
-def test_kernels_that_saturate(int8: Path, int7: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["int8", "int8_fp16"])
+def test_kernels_that_saturate(name: str, int7: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower kernels with the same results and a warning; none for an engine of 7 bits, nor for float."""
-    with Pipeline.load(int8) as pipe:
-        expected = pipe.generate_tokens([1, 2], seed=3)
+    engine = request.getfixturevalue(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where this CPU has no others
+        with Pipeline.load(engine) as pipe:
+            expected = pipe.generate_tokens(range(36), seed=3)
     monkeypatch.setattr(onnxruntime_cpu, "int8_saturates", lambda: True)
-    with pytest.warns(RuntimeWarning, match="--weight-bits 7"), Pipeline.load(int8) as pipe:
-        assert pipe.backend.sessions.options.get_session_config_entry("session.x64quantprecision") == "1"  # type: ignore[attr-defined]
-        assert np.array_equal(pipe.generate_tokens([1, 2], seed=3), expected)
+    with pytest.warns(RuntimeWarning, match="--weight-bits 7"), Pipeline.load(engine) as pipe:
+        options = pipe.backend.sessions.options  # type: ignore[attr-defined]
+        assert options.get_session_config_entry(onnxruntime_cpu.exact_products(pipe.manifest)) == "1"
+        assert np.array_equal(pipe.generate_tokens(range(36), seed=3), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Pipeline.load().close()

@@ -150,7 +150,9 @@ Ort::SessionOptions make_session_options(Ort::Env& env, const Manifest& manifest
         if (provider == "tensorrt" && graph != Graph::sampler) append_tensorrt(session, device.index, manifest, graph, modulation);
         if (provider != "cpu") append_cuda(session, device.index);
         if (provider == "cpu" && manifest.precision == "int8" && manifest.weight_bits > safe_weight_bits && int8_saturates(env)) {
-            session.AddConfigEntry("session.x64quantprecision", "1");  // slower kernels, but right ones
+            // Slower kernels, but right ones. Where the rest is float16, ONNX Runtime (1.32) refuses what it makes of the weights for them:
+            // there products are those of floats.
+            session.AddConfigEntry(manifest.float_type == "float16" ? "session.disable_quant_qdq" : "session.x64quantprecision", "1");
         }
         return session;
     } catch (const Ort::Exception& error) {

@@ -43,6 +43,21 @@ class LaneBackend(Generic[AnyLane]):
         self.lanes.close()
 
 
+class DeviceBackend(LaneBackend[AnyLane]):
+    """One whose lanes hold what Python does not give back by itself: they are closed when nobody refers to the backend any more."""
+
+    def __init__(self, lanes: Lanes[AnyLane]) -> None:
+        self.lanes = lanes
+        weakref.finalize(self, close_apart, lanes).atexit = False  # the end of the process gives everything back
+
+
+def close_apart(lanes: Lanes[Any]) -> None:
+    """Closes lanes in a thread of its own. Whichever thread lets go of the last reference may be in the midst of another batch, on another
+    device, or hold a lock."""
+    if not lanes.closed and not lanes.inherited:
+        threading.Thread(target=lanes.close, daemon=True).start()
+
+
 ALL: weakref.WeakSet[Lanes[Any]] = weakref.WeakSet()
 
 

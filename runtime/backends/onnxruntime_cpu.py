@@ -13,7 +13,7 @@ from ..cores import machine_cores
 from ..manifest import Manifest
 from . import Array
 from .contract import OUTPUTS
-from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
+from .int8_kernels import OVERFLOW, PROBE, SAFE_WEIGHT_BITS, saturate
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane, failure
 from .sessions import CPU, Sessions
@@ -37,10 +37,18 @@ def session_options(manifest: Manifest, threads: int | None = None, slots: int =
     # Every session has threads of its own. Those of the last graph must not spin while the next one runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4
-    if too_wide(manifest, int8_saturates):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {REMEDY}", RuntimeWarning, stacklevel=3)
+    if manifest.precision == "int8" and manifest.weight_bits > SAFE_WEIGHT_BITS and int8_saturates():
+        options.add_session_config_entry(exact_products(manifest), "1")
+        remedy = f"an engine made with --weight-bits {SAFE_WEIGHT_BITS} runs on the fast ones"
+        warnings.warn(f"{manifest.folder}: {OVERFLOW}, so slower ones are used; {remedy}", RuntimeWarning, stacklevel=3)
     return options
+
+
+def exact_products(manifest: Manifest) -> str:
+    """The setting of a session with which no sum of 8-bit products is lost: kernels for unsigned weights; or products of floats, in four
+    times the memory, where the rest is float16: ONNX Runtime (1.32) refuses what it makes of such weights for those kernels.
+    """
+    return f"session.{'disable_quant_qdq' if manifest.float_type == 'float16' else 'x64quantprecision'}"
 
 
 def threads_used(threads: int | None) -> int:

@@ -21,7 +21,7 @@ from .cache_folder import cache_folder
 from .cuda import CudaDevice, device_facts, device_index
 from .device import Device, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane
-from .lanes import LaneBackend, Lanes
+from .lanes import DeviceBackend, Lanes
 from .sessions import Providers, Sessions
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -29,7 +29,7 @@ MEND = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "enat[cuda]"
 SHORT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")  # in the words of cuBLAS and cuDNN, too
 
 
-class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
+class OnnxRuntimeCudaBackend(DeviceBackend["OrtLane"]):
     """Sessions on the CUDA execution provider. ONNX Runtime keeps streams of its own and waits at the end of each run."""
 
     name = "onnxruntime"
@@ -45,7 +45,7 @@ class OnnxRuntimeCudaBackend(LaneBackend["OrtLane"]):
         options.intra_op_num_threads = 1  # nothing of weight runs on the CPU
         providers, most = self.providers, MOST_IMAGES.get(self.name)
         sessions = Sessions(manifest.reading, options, lambda graph: providers(graph, index, manifest, lambda: modulation_shapes(sessions)))
-        self.lanes = Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda", most), slots, sessions.close)
+        super().__init__(Lanes(lambda: OrtLane(manifest, CudaDevice(index), sessions, "cuda", most), slots, sessions.close))
 
     @classmethod
     def providers(cls, graph: str, index: int, manifest: Manifest, modulation: Callable[[], Mapping[str, Shape]]) -> Providers:

@@ -9,9 +9,11 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ from ..manifest import Manifest
 from . import Array
 from .contract import output_shapes
 from .int8_kernels import DEPTH as PROBE_DEPTH
-from .int8_kernels import OVERFLOW, PROBE, REMEDY, saturate, too_wide
+from .int8_kernels import OVERFLOW, PROBE, saturate
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane, failure
 from .openvino_cache import CompiledGraph, GraphCache, reason
-from .openvino_graphs import rewrite
+from .openvino_graphs import AS_FLOATS, rewrite
 from .signal_stack import kept_signal_stack
 
 PROBE_ROWS = 32  # with fewer AMX would not be taken
@@ -104,6 +106,8 @@ def graph_options(precision: str, kernels: Kernels, threads: int | None, graph: 
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
+    if precision == "int8" and kernels.saturate:  # weights of 7 bits would fit: by kernels that take twice as long as those of floats
+        options |= AS_FLOATS
     return options | {"INFERENCE_PRECISION_HINT": "bf16" if wants_bfloat16(precision, graph, kernels) else "f32"}
 
 
@@ -132,8 +136,8 @@ class CompiledGraphs:
             self.cache = GraphCache(self.core, manifest, self.options, self.form, [FIRST, *self.following])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO {ov.__version__} cannot use this CPU: {reason(error)}") from error
-        if too_wide(manifest, lambda: kernels.saturate):
-            raise BackendError(f"{manifest.folder}: {OVERFLOW}, and OpenVINO has no others: --backend onnxruntime has; {REMEDY}")
+        overflow = manifest.precision == "int8" and kernels.saturate
+        self.slower = f"{manifest.folder}: {OVERFLOW}, so OpenVINO computes as in float32" if overflow else ""
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()
@@ -198,7 +202,9 @@ class OpenVinoBackend(LaneBackend["OpenVinoLane"]):
         self.trimmed = 0.0  # when, by the monotonic clock
 
     def try_graphs(self) -> None:
-        """Of a graph that it has not compiled yet, OpenVINO may refuse an operator on some CPU."""
+        """Of a graph that it has not compiled yet, OpenVINO may refuse an operator on some CPU; and ONNX Runtime may be the faster one."""
+        if self.graphs.slower and find_spec("onnxruntime"):
+            raise BackendError(self.graphs.slower)
         self.graphs.compile_all()
 
     @contextlib.contextmanager
@@ -223,6 +229,8 @@ class OpenVinoLane(NumpyLane):
     """Infer requests of one batch: made once, and given tensors that lie where they are read and written."""
 
     def __init__(self, graphs: CompiledGraphs) -> None:
+        if graphs.slower:  # now that it is used all the same
+            warnings.warn(graphs.slower, RuntimeWarning, stacklevel=2)
         self.graphs = graphs
         self.requests: dict[str, tuple[Any, CompiledGraph]] = {}
 

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from openvino import Model
 from openvino import opset13 as ops
 
+AS_FLOATS = {"LP_TRANSFORMS_MODE": "NO"}  # without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right
+
 
 def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, pictures: int | None = None) -> dict[str, str]:
     """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it; pictures: that it is given at a time, where it
@@ -40,8 +42,7 @@ def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, pictures:
         elif node.get_type_name() == "Sigmoid" and not node.get_output_partial_shape(0).is_dynamic:
             spell_out_silu(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
-    # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
-    return {"LP_TRANSFORMS_MODE": "NO"} if left >= {"MVN", "Convolution", "FakeQuantize"} else {}
+    return AS_FLOATS if left >= {"MVN", "Convolution", "FakeQuantize"} else {}
 
 
 def widen(model: Model) -> None:

@@ -20,7 +20,7 @@ from . import Array
 from .cuda import CudaDevice, device_facts, setting_up, use_device
 from .device import Block, DeviceMemoryError, DeviceTensor
 from .device_lane import DeviceLane, Record
-from .lanes import LaneBackend, Lanes
+from .lanes import DeviceBackend, Lanes
 
 CONTEXTS = 512  # of records that a lane keeps; a run of 8 steps needs 25
 
@@ -131,7 +131,7 @@ class Plans:
             return self.engines[graph]
 
 
-class TensorRTBackend(LaneBackend["TensorRTLane"]):
+class TensorRTBackend(DeviceBackend["TensorRTLane"]):
     """Lanes that run plans."""
 
     name = "tensorrt"
@@ -140,7 +140,7 @@ class TensorRTBackend(LaneBackend["TensorRTLane"]):
         index = use_device(device)
         self.device = f"cuda:{index}"
         self.plans = plans = Plans(manifest, platform_of(index), setting_up(index))
-        self.lanes = Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear)
+        super().__init__(Lanes(lambda: TensorRTLane(manifest, CudaDevice(index), plans), slots, plans.engines.clear))
 
     def try_graphs(self) -> None:
         """TensorRT may refuse a plan, and the GPU have no room for it: those that pictures take, which the first ones load anyway."""
