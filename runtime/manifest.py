@@ -273,7 +273,7 @@ def check_file(manifest: Manifest, name: str, entry: object, verify: bool) -> No
     if not found:
         raise EngineError(f"{shown}: missing; the manifest lists it with {size} bytes")
     if not path.resolve().is_relative_to(manifest.root):
-        raise EngineError(f"{shown}: leads out of the engine directory, to {path.resolve()}")
+        raise EngineError(f"{shown}: leads out of the engine directory, to {path.resolve()}; cp -rL copies what links lead to")
     stamp = stamp_of(path)
     actual_size = path.stat().st_size
     if actual_size != size:

@@ -173,7 +173,8 @@ Stamp check_file(const Manifest& manifest, const std::string& name, const File& 
         throw EngineError(shown(said) + ": missing; the manifest lists it with " + std::to_string(entry.size) + " bytes");
     }
     if (!lies_in(path, manifest.root)) {
-        throw EngineError(shown(said) + ": leads out of the engine directory, to " + shown(fs::canonical(path)));
+        throw EngineError(shown(said) + ": leads out of the engine directory, to " + shown(fs::canonical(path)) +
+                          "; cp -rL copies what links lead to");
     }
     const Stamp stamp = stamp_of(path);
     const auto actual_size = fs::file_size(path);
