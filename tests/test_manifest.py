@@ -118,7 +118,7 @@ def test_a_link_out_of_the_engine(engine_copy: Path, tmp_path: Path) -> None:
     graph = engine_copy / "decoder.onnx"
     graph.rename(tmp_path / "elsewhere.onnx")
     graph.symlink_to(tmp_path / "elsewhere.onnx")
-    with pytest.raises(EngineError, match="leads out of the engine directory, to .*; cp -rL copies what links lead to$"):
+    with pytest.raises(EngineError, match=r"leads out of the engine directory, to .*; cp -rL copies what links lead to$"):
         read_manifest(engine_copy)
 
 
