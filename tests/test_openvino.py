@@ -153,7 +153,8 @@ def test_auto_takes_another_where_kernels_saturate(int7: Path, monkeypatch: pyte
         alone.setattr(openvino_cpu, "find_spec", lambda name: None)
         with Pipeline.load(int7) as pipe, pytest.warns(RuntimeWarning, match="int8 kernels overflow.*as in float32"):
             assert pipe.backend.name == "openvino"
-            assert pipe.generate_tokens([1], seed=0).shape == (1, 8, 8)
+            one, all_at_once = (pipe.generate_tokens(CLASSES, seed=3, batch_size=size) for size in (1, 36))
+            assert (one == all_at_once).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with Pipeline.load(backend="openvino") as pipe:

@@ -29,7 +29,7 @@ from .int8_kernels import OVERFLOW, PROBE, saturate
 from .lanes import LaneBackend, Lanes
 from .numpy_lane import NumpyLane, failure
 from .openvino_cache import CompiledGraph, GraphCache, reason
-from .openvino_graphs import AS_FLOATS, rewrite
+from .openvino_graphs import rewrite
 from .signal_stack import kept_signal_stack
 
 PROBE_ROWS = 32  # with fewer AMX would not be taken
@@ -106,15 +106,18 @@ def graph_options(precision: str, kernels: Kernels, threads: int | None, graph: 
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    if precision == "int8" and kernels.saturate:  # weights of 7 bits would fit: by kernels that take twice as long as those of floats
-        options |= AS_FLOATS
     return options | {"INFERENCE_PRECISION_HINT": "bf16" if wants_bfloat16(precision, graph, kernels) else "f32"}
+
+
+def computes_in_floats(precision: str, kernels: Kernels) -> bool:
+    """Whether what an engine has in 8 bits is computed in floats. Weights of 7 bits would fit, into kernels that take twice as long."""
+    return precision == "int8" and kernels.saturate
 
 
 def graph_form(precision: str, kernels: Kernels, graph: str) -> dict[str, Any]:
     """What a graph is rewritten with before it is compiled."""
-    pictures = OpenVinoLane.pictures_at_once.get(graph)
-    return {"tiles": kernels.tiles, "bfloat16": wants_bfloat16(precision, graph, kernels), "pictures": pictures}
+    bfloat16, floats = wants_bfloat16(precision, graph, kernels), computes_in_floats(precision, kernels)
+    return {"tiles": kernels.tiles, "bfloat16": bfloat16, "floats": floats, "pictures": OpenVinoLane.pictures_at_once.get(graph)}
 
 
 class CompiledGraphs:
@@ -136,8 +139,8 @@ class CompiledGraphs:
             self.cache = GraphCache(self.core, manifest, self.options, self.form, [FIRST, *self.following])
         except RuntimeError as error:
             raise BackendError(f"OpenVINO {ov.__version__} cannot use this CPU: {reason(error)}") from error
-        overflow = manifest.precision == "int8" and kernels.saturate
-        self.slower = f"{manifest.folder}: {OVERFLOW}, so OpenVINO computes as in float32" if overflow else ""
+        floats = computes_in_floats(manifest.precision, kernels)
+        self.slower = f"{manifest.folder}: {OVERFLOW}, so OpenVINO computes as in float32" if floats else ""
         self.loader = ThreadPoolExecutor(2)
         self.loading: dict[str, Future[CompiledGraph]] = {}
         self.lock = threading.Lock()

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 from openvino import Model
 from openvino import opset13 as ops
 
-AS_FLOATS = {"LP_TRANSFORMS_MODE": "NO"}  # without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right
 
-
-def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, pictures: int | None = None) -> dict[str, str]:
-    """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it; pictures: that it is given at a time, where it
-    is always as many. Returns the settings that it must be compiled with.
+def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, floats: bool = False, pictures: int | None = None) -> dict[str, str]:
+    """Changes a graph of an engine in place. tiles: for AMX; bfloat16: to be computed in it; floats: what is in 8 bits is to be computed in
+    floats; pictures: that it is given at a time, where it is always as many. Returns the settings that it must be compiled with.
     """
     if pictures:
         model.reshape({value.any_name: [pictures, *list(value.partial_shape)[1:]] for value in model.inputs})
@@ -41,8 +39,11 @@ def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, pictures:
             pad_beforehand(node)
         elif node.get_type_name() == "Sigmoid" and not node.get_output_partial_shape(0).is_dynamic:
             spell_out_silu(node)
+        if node.get_type_name() == "MatMul" and floats:
+            spell_out_weights(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
-    return AS_FLOATS if left >= {"MVN", "Convolution", "FakeQuantize"} else {}
+    # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
+    return {"LP_TRANSFORMS_MODE": "NO"} if floats or left >= {"MVN", "Convolution", "FakeQuantize"} else {}
 
 
 def widen(model: Model) -> None:
@@ -169,6 +170,18 @@ def joined_constant(first: Any, second: Any) -> Any:
         factors = [joined_constant(*(node.input_value(port) for node in nodes)) for port in (0, 1)]
         return ops.multiply(*factors) if all(factor is not None for factor in factors) else None
     return None
+
+
+def spell_out_weights(product: Any) -> None:
+    """A product's 8-bit weights as floats. OpenVINO would make them so as it multiplies, and round differently from batch to batch."""
+    scaled = product.input_value(1).get_node()
+    widened = scaled.input_value(0).get_node() if scaled.get_type_name() == "Multiply" else None
+    if widened is None or widened.get_type_name() != "Convert":
+        return
+    levels, scale = constant_behind(widened.input_value(0)), constant_behind(scaled.input_value(1))
+    if levels is not None and scale is not None:
+        weights = levels.astype(np.float32) * scale.reshape(list(scaled.input_value(1).get_shape()))
+        scaled.output(0).replace(ops.constant(weights.astype(np.float32)).output(0))
 
 
 def order_of(node: Any) -> list[int] | None:
