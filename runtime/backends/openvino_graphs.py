@@ -28,6 +28,8 @@ def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, floats: b
         if node.get_type_name() == "FakeQuantize" and tiles:
             make_signed(node)
         elif node.get_type_name() == "MatMul":
+            if floats:
+                spell_out_weights(node)
             ease_attention(node, join=bfloat16)
         elif node.get_type_name() == "Parameter":
             spread_modulation(node)
@@ -39,8 +41,6 @@ def rewrite(model: Model, tiles: bool = False, bfloat16: bool = False, floats: b
             pad_beforehand(node)
         elif node.get_type_name() == "Sigmoid" and not node.get_output_partial_shape(0).is_dynamic:
             spell_out_silu(node)
-        if node.get_type_name() == "MatMul" and floats:
-            spell_out_weights(node)
     left = {node.get_type_name() for node in model.get_ordered_ops()}
     # Without OpenVINO's 8-bit pass, products run as floats of 8 bits' values: slower, but right.
     return {"LP_TRANSFORMS_MODE": "NO"} if floats or left >= {"MVN", "Convolution", "FakeQuantize"} else {}
@@ -181,7 +181,7 @@ def spell_out_weights(product: Any) -> None:
     levels, scale = constant_behind(widened.input_value(0)), constant_behind(scaled.input_value(1))
     if levels is not None and scale is not None:
         weights = levels.astype(np.float32) * scale.reshape(list(scaled.input_value(1).get_shape()))
-        scaled.output(0).replace(ops.constant(weights.astype(np.float32)).output(0))
+        scaled.output(0).replace(ops.constant(weights).output(0))
 
 
 def order_of(node: Any) -> list[int] | None:
