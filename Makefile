@@ -49,7 +49,7 @@ test-quality: .venv/test/ready
 test-gpu: .venv/gpu/ready
 	rm -rf build *.egg-info
 	.venv/gpu/$(INSTALL) $(PACKAGE)
-	.venv/gpu/bin/python -m pytest tests/test_gpu.py -rsP
+	ENAT_TEST_GPU=1 .venv/gpu/bin/python -m pytest tests/test_gpu.py -rsP
 
 .venv/gpu/ready: pyproject.toml constraints.txt tests/constraints.txt
 	$(PYTHON) -m venv --clear .venv/gpu

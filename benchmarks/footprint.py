@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -35,11 +36,12 @@ def footprint(engine: Path, backend: str, device: str, threads: int | None, case
 
     Raises BackendError where the process fails, with what it said.
     """
-    asked = {"engine": str(engine), "backend": backend, "device": device, "threads": threads, "case": asdict(case)}
+    asked: dict[str, Any] = {"engine": str(engine), "backend": backend, "device": device, "threads": threads, "case": asdict(case)}
     # With this process's modules, wherever they are, and not with what the working directory has of the same name.
     path = os.pathsep.join(one or str(Path.cwd()) for one in sys.path)
-    command = [sys.executable, "-P", "-m", __name__, json.dumps(asked)]
     for _ in range(2):
+        asked["free"] = free_device_memory(device)  # before the process begins to use it, which takes some, too
+        command = [sys.executable, "-P", "-m", __name__, json.dumps(asked)]
         found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
         if found.returncode:
             raise BackendError(f"a process that loads {engine} failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
@@ -59,7 +61,8 @@ def free_device_memory(device: str) -> int | None:
         return None
     from ..runtime.backends.cuda import CudaDevice, device_index
 
-    return CudaDevice(device_index(device)).free_memory()
+    with contextlib.closing(CudaDevice(device_index(device))) as found:
+        return found.free_memory()
 
 
 def seconds(engine: Engine, case: Case) -> float:
@@ -70,8 +73,7 @@ def seconds(engine: Engine, case: Case) -> float:
 
 def main(asked: dict[str, Any]) -> Footprint:
     """What the new process does."""
-    case, device = Case(**asked["case"]), asked["device"]
-    before = free_device_memory(device)
+    case, device, before = Case(**asked["case"]), asked["device"], asked["free"]
     start = time.perf_counter()
     with Pipeline.load(asked["engine"], asked["backend"], device, asked["threads"]) as pipeline:
         engine = Engine("", pipeline)

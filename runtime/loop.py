@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .backends import FLOAT_TYPES, Lane, Tensor
 from .manifest import Manifest
-from .noise import step_noise
+from .noise import noise
 from .schedule import Step
 
 Array = NDArray[Any]
@@ -40,8 +40,7 @@ def sample(
     revealed tokens and the step's choice for all others.
     """
     arrays = initial_inputs(manifest, labels, steps)
-    for step in steps:
-        choice, confidence = step_noise(seeds, step.index, manifest.model.length)
+    for step, choice, confidence in zip(steps, *noise(seeds, [step.index for step in steps], manifest.model.length), strict=True):
         arrays |= {f"choice_noise {step.index}": choice, f"confidence_noise {step.index}": confidence}
         arrays |= {f"{name} {step.index}": np.array(getattr(step, name), np.float32) for name in STEP_NUMBERS}
 

@@ -15,6 +15,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = np.uint64(0xFFFFFFFF)
 HIGH = np.uint64(32)
 ROUNDS = 10
+AT_ONCE = 2**15  # numbers: of fewer NumPy's calls cost more than the arithmetic, more take memory
 
 Words = NDArray[np.uint64]  # 32-bit words, each in 64 bits so that products keep their upper half
 
@@ -31,16 +32,21 @@ def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, W
     return c0, c1, c2, c3
 
 
-def step_noise(seeds: Sequence[int], step: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The noise of one step for images with these seeds.
+def noise(seeds: Sequence[int], steps: Sequence[int], length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The noise of a batch's steps, for images with these seeds.
 
-    Returns (choice_noise, confidence_noise), float32 [batch, length] each, indexed by position:
+    Returns (choice_noise, confidence_noise), float32 [steps, batch, length] each, indexed by position:
     u = (r0 >> 8)·2⁻²⁴ in [0, 1), and the standard Gumbel −ln(−ln(((r1 >> 9) + 0.5)·2⁻²³)), computed in float64.
     """
     seed = np.array(seeds, np.uint64)[:, None]
-    positions = np.arange(length, dtype=np.uint64)[None, :]
+    positions = np.arange(length, dtype=np.uint64)
     zero = np.zeros((), np.uint64)
-    r0, r1, _, _ = philox4x32((positions, np.full_like(zero, step), zero, zero), (seed & LOW, seed >> HIGH))
-    choice = (r0 >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
-    confidence = -np.log(-np.log(((r1 >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23))
-    return choice, confidence.astype(np.float32)
+    choice, confidence = np.empty((2, len(steps), len(seeds), length), np.float32)
+    together = max(1, AT_ONCE // max(1, len(seeds) * length))
+    for first in range(0, len(steps), together):
+        some = slice(first, first + together)
+        step = np.array(steps[some], np.uint64)[:, None, None]
+        r0, r1, _, _ = philox4x32((positions, step, zero, zero), (seed & LOW, seed >> HIGH))
+        choice[some] = (r0 >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+        confidence[some] = -np.log(-np.log(((r1 >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23))
+    return choice, confidence

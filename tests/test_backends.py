@@ -278,6 +278,7 @@ def test_float32_stays_float32_on_a_gpu(engine_copy: Path) -> None:
         for graph in ("encoder", "sampler"):
             providers = dict(cls.providers(graph, 3, manifest, lambda: modulation(manifest)))
             assert {"device_id": 3, "use_tf32": 0}.items() <= providers["CUDAExecutionProvider"].items()
+            assert all("device_id" not in options for _, options in cls.providers(graph, 0, manifest, lambda: modulation(manifest)))
             assert next(iter(providers)) == (cls.provider if graph == "encoder" else "CUDAExecutionProvider")
 
 

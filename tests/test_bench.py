@@ -283,7 +283,7 @@ def test_a_footprint_is_that_of_a_second_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("enat.benchmarks.footprint.subprocess", SimpleNamespace(run=run))
     assert footprint(Path("e"), "openvino", "cpu", 3, Case(2, 4, True)).load == 2
     case = {"batch": 2, "steps": 4, "pictures": True}
-    assert asked == [{"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case}] * 2
+    assert asked == [{"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case, "free": None}] * 2
 
 
 def test_what_the_process_of_a_footprint_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,9 @@ def test_what_the_process_of_a_footprint_does(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr(Engine, "draw", lambda self, case: drawn.append(case))
     case = {"batch": 2, "steps": 4, "pictures": True}
-    found = in_the_process({"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case})
+    monkeypatch.setattr("enat.benchmarks.footprint.free_device_memory", lambda device: 700)
+    found = in_the_process({"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case, "free": 1000})
+    assert found.device_memory == 300
     assert loaded == [("e", "openvino", "cpu", 3)] and drawn == [Case(2, 4, True)] * 3
     assert (found.load, found.first) == (4, 5)
 

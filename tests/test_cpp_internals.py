@@ -22,7 +22,7 @@ from enat.runtime.backends.onnxruntime_cpu import pictures_at_once
 from enat.runtime.backends.onnxruntime_cuda import joined
 from enat.runtime.cores import allowed_threads
 from enat.runtime.manifest import FILE, manifest_text, read_manifest
-from enat.runtime.noise import step_noise
+from enat.runtime.noise import noise
 from enat.runtime.pipeline import BUNDLED_ENGINE
 from enat.runtime.profiles import general_profile
 from enat.runtime.schedule import schedule
@@ -123,7 +123,7 @@ def test_noise(internals: ctypes.CDLL) -> None:
         internals.test_step_noise(
             address(seeds), ctypes.c_uint64(len(seeds)), ctypes.c_int64(step), ctypes.c_int64(length), address(choice), address(confidence)
         )
-        assert all(map(np.array_equal, (choice, confidence), step_noise([int(seed) for seed in seeds], step, length)))
+        assert all(map(np.array_equal, (choice[None], confidence[None]), noise([int(seed) for seed in seeds], [step], length)))
 
 
 def test_schedules(internals: ctypes.CDLL) -> None:

@@ -8,8 +8,10 @@ import dataclasses
 import itertools
 import os
 import re
+import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Plans:
         self.making: Callable[[], bool] = lambda: True
         self.largest_scratch = self.profile_scratch = 0
         self.busy: set[int] = set()  # contexts that were launched, until somebody waits
+        self.launched: Counter[int] = Counter()  # how often
+        self.launching: Callable[[], object] = lambda: None
         self.dropped: dict[int, bool] = {}  # contexts that are gone: whether they were busy
         self.scratch = lambda: 1000 * (1 + len(self.contexts))
         self.limit = 2**40  # of the device's memory
@@ -88,6 +92,8 @@ class Plans:
             if self.fails(number, "execute_async_v3"):
                 return False
             self.busy.add(number)
+            self.launched[number] += 1
+            self.launching()
             return True
 
         def scratch(address: int, size: int) -> None:
@@ -209,6 +215,34 @@ def test_runs_that_are_not_recorded_share_contexts(running: Running) -> None:
     assert drawn(running, 1) == drawn(running, 2) == 25  # recorded runs have their own
 
 
+def test_a_record_launches_each_context_once(running: Running) -> None:
+    """Of many steps some have the same shapes."""
+    steps = running.pipeline.schedule(64)
+    assert len({(step.new, step.masked) for step in steps}) < len(steps)
+    assert drawn(running, 1, steps=64) == 64 + 64 + 63 + 2
+    launched = running.plans.launched.copy()
+    assert drawn(running, 1, steps=64) == 0
+    (record,) = running.lane.kept.values()
+    assert record.launch is not None
+    assert set((running.plans.launched - launched).values()) == {1}
+
+
+def test_runs_with_new_shapes_are_not_beside_records(running: Running) -> None:
+    """They hold what keeps records from being made meanwhile, as TensorRT may load kernels then; others do not."""
+    held: list[bool] = []
+    lock = threading.RLock()
+    running.plans.scratch = lambda: 1000  # whoever needs more has all set their shapes anew
+    running.plans.launching = lambda: held.append(lock._is_owned())  # type: ignore[attr-defined]
+    watch = lambda step, steps, preview: None  # noqa: E731
+    running.pipeline.backend.plans.setting_up = lock  # type: ignore[attr-defined]
+    with running.pipeline.backend.lease() as lane:
+        lane.device.setting_up = lock  # type: ignore[attr-defined]
+    for images, new in ((1, True), (1, False), (2, True), (2, False)):
+        held.clear()
+        drawn(running, images, callback=watch)
+        assert held == [new] * 25
+
+
 def test_contexts_share_their_scratch_memory(running: Running) -> None:
     """The largest piece that one of them needs is all that is needed, though each needs more than the one before."""
     sizes = itertools.count(2**20, 2**20)
@@ -284,7 +318,7 @@ def test_no_memory_is_given_back_while_a_record_is_made(running: Running) -> Non
     drawn(running, 1)
     running.lane.arena.free_unused()
     running.lane.device.limit -= running.lane.device.free_memory()
-    with pytest.raises(BackendError, match="1 at once need more than"):
+    with pytest.warns(RuntimeWarning, match="not recorded"), pytest.raises(BackendError, match="1 at once need more than"):
         drawn(running, 1)
 
 

@@ -131,8 +131,6 @@ class CudaDevice:
         graph = call(cudart.cudaStreamEndCapture, self.stream)
         try:
             executable = CudaGraph(call(cudart.cudaGraphInstantiate, graph, 0))
-        except DeviceMemoryError as error:  # there is enough to run it all the same
-            raise BackendError(str(error)) from error
         finally:
             call(cudart.cudaGraphDestroy, graph)
         return lambda: call(cudart.cudaGraphLaunch, executable.handle, self.stream)

@@ -7,7 +7,7 @@ import math
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +29,13 @@ TRIES = 2  # to make a record: what others do on the device may spoil one
 class Record:
     """A program that ran once: its inputs, where they are kept, and from the second run on what launches it.
 
-    executions: what the backend made for its graphs, and for nothing else. tries: that recording it may still take.
+    executions: what the backend made for its graphs, and for nothing else. asked: what a run of it wanted so far, and how often.
+    tries: that recording it may still take.
     """
 
     inputs: dict[str, DeviceTensor]
     executions: dict[Any, Any] = field(default_factory=dict)
+    asked: Counter[Hashable] = field(default_factory=Counter)
     launch: Callable[[], None] | None = None
     outputs: Sequence[DeviceTensor] = ()
     tries: int = TRIES
@@ -170,9 +172,9 @@ class DeviceLane(ABC):
         record = Record(self.upload_all(arrays))
         try:
             with self.running_for(record):
-                outputs = program(record.inputs)
+                outputs = self.run_recorded(record, program)
                 if not self.settled(record):
-                    outputs = program(record.inputs)
+                    outputs = self.run_recorded(record, program)
                 result = [self.download(tensor) for tensor in outputs]
         except BaseException:
             self.device.synchronize()  # what was made for it must outlive what it launched
@@ -180,25 +182,31 @@ class DeviceLane(ABC):
         self.kept[key] = record
         return result
 
+    def run_recorded(self, record: Record, program: Program) -> Sequence[DeviceTensor]:
+        """Runs a program on what was made for it, or makes that."""
+        record.asked.clear()
+        return program(record.inputs)
+
     def settled(self, record: Record) -> bool:
         """Whether what the first run made is as it will be when it is recorded."""
         return True
 
     def record(self, key: Hashable, record: Record, program: Program) -> None:
-        """Records a program that ran once. Where that fails it is run graph by graph; where it fails again, for good, with a warning."""
+        """Records a program that ran once. Where that fails it is run graph by graph; where it fails again, or for want of memory, which
+        is not given back meanwhile, for good, with a warning."""
 
         def launch() -> None:
-            record.outputs = program(record.inputs)
+            record.outputs = self.run_recorded(record, program)
 
         self.recording = True
         try:
             with self.running_for(record):
                 record.launch = self.device.record(launch)
         except BaseException as error:
-            if isinstance(error, DeviceMemoryError) or not isinstance(error, BackendError):
+            if not isinstance(error, BackendError):
                 del self.kept[key]
                 raise
-            record.outputs, record.tries = (), record.tries - 1
+            record.outputs, record.tries = (), 0 if isinstance(error, DeviceMemoryError) else record.tries - 1
             if not record.tries:
                 record.executions.clear()
                 warnings.warn(f"not recorded as one launch, its graphs are launched one by one: {error}", RuntimeWarning, stacklevel=2)

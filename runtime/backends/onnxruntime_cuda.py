@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ class OnnxRuntimeCudaBackend(DeviceBackend["OrtLane"]):
     provider = "CUDAExecutionProvider"
 
     def __init__(self, manifest: Manifest, device: str, threads: int | None = None, slots: int = 1) -> None:
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so; some providers are there only then
+        with contextlib.redirect_stdout(sys.stderr):  # where it says what it does not find
+            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where they are installed so; some providers are there only then
         check_packages(self.provider)
         index = device_index(device)
         self.device = f"cuda:{index}"
@@ -51,7 +54,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend["OrtLane"]):
     def providers(cls, graph: str, index: int, manifest: Manifest, modulation: Callable[[], Mapping[str, Shape]]) -> Providers:
         """Of a graph, with their options. modulation: gives the shapes of the condition graph's outputs beyond the first axis."""
         options = {
-            "device_id": index,
+            **on_device(index),
             # It keeps 10 bits of a float32's 23: a float32 engine would not give what it gives on a CPU.
             "use_tf32": 0,
             # By default ONNX Runtime takes twice what it has, of a GPU that others may use too.
@@ -89,7 +92,7 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
         profile = general_profile(manifest, graph, (1, 1, most), modulation() if graph in ("encoder", "decoder") else None)
         options = {
             **{f"trt_profile_{name}_shapes": joined(profile, index) for index, name in enumerate(("min", "opt", "max"))},
-            "device_id": index,
+            **on_device(index),
             "trt_fp16_enable": half,
             "trt_layer_norm_fp32_fallback": half,
             **kept,
@@ -103,6 +106,11 @@ class OnnxRuntimeTensorRTBackend(OnnxRuntimeCudaBackend):
 
         name, _ = device_facts(index)
         return re.sub(r"[^\w.]+", "-", f"{tensorrt.__version__}-{name}")
+
+
+def on_device(index: int) -> dict[str, int]:
+    """Of a provider's options. ONNX Runtime runs on device 0 by itself, and has a line about plugins on stderr where it is asked to."""
+    return {"device_id": index} if index else {}
 
 
 def check_packages(provider: str) -> None:

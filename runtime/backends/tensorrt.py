@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,17 +153,18 @@ class TensorRTBackend(DeviceBackend["TensorRTLane"]):
 
 @dataclass
 class Context:
-    """An execution context, the shapes that it is set to, and the scratch memory that these take."""
+    """An execution context, the shapes that it is set to, whether it has run with them, and the scratch memory that they take."""
 
     execution: Any
     profile: int
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    ran: bool = False
     scratch: Block | None = None
 
 
 class TensorRTLane(DeviceLane):
     """One stream, scratch memory that its contexts share, and contexts: one for each profile, whose shapes change from run to run; and for
-    each program that is to be recorded its own, one for each set of shapes, as a record goes on using what it was made with.
+    each program that is to be recorded its own, one for each graph that it runs, as a record goes on using what it was made with.
     """
 
     def __init__(self, manifest: Manifest, device: CudaDevice, plans: Plans) -> None:
@@ -182,11 +185,15 @@ class TensorRTLane(DeviceLane):
 
     def execute(self, graph: str, inputs: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor]) -> None:
         LOGGER.listen()
-        execution = self.context(graph, inputs).execution
+        context = self.context(graph, inputs)
+        execution = context.execution
         for name, tensor in {**inputs, **outputs}.items():
             if isinstance(tensor, DeviceTensor):
                 self.check(execution.set_tensor_address(name, tensor.address), f"{graph}: TensorRT does not take memory for {name}")
-        self.check(execution.execute_async_v3(self.stream), f"{graph}: TensorRT failed")
+        # With new shapes it may load kernels.
+        with contextlib.nullcontext() if context.ran else self.device.setting_up:
+            self.check(execution.execute_async_v3(self.stream), f"{graph}: TensorRT failed")
+        context.ran = True
 
     def check(self, done: bool, message: str) -> None:
         if not done:
@@ -196,8 +203,10 @@ class TensorRTLane(DeviceLane):
         """A context that is set to the inputs' shapes. A record needs one that has run before: TensorRT defers work to the first run."""
         values = {name: int(array) for name, array in inputs.items() if isinstance(array, np.ndarray)}
         shapes = {name: (values[name],) if name in values else tensor.shape for name, tensor in inputs.items()}
-        own = self.running.executions if self.running else {}
-        key = (graph, tuple(shapes.items()))
+        asked = (graph, tuple(shapes.items()))
+        own, times = (self.running.executions, self.running.asked) if self.running else ({}, Counter[Hashable]())
+        key = (*asked, times[asked])  # of many steps some have the same shapes
+        times[asked] += 1
         if key in own:
             context: Context = own[key]
             self.give_scratch(context)
@@ -247,6 +256,7 @@ class TensorRTLane(DeviceLane):
         if context.shapes is not None:
             self.device.synchronize()  # its last run may be under way
             context.shapes = None
+        context.ran = False
         for name, shape in shapes.items():
             if name in values:
                 number = self.numbers.setdefault(values[name], np.array([values[name]], np.int64))
