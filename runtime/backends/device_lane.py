@@ -7,7 +7,7 @@ import math
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,13 +29,13 @@ TRIES = 2  # to make a record: what others do on the device may spoil one
 class Record:
     """A program that ran once: its inputs, where they are kept, and from the second run on what launches it.
 
-    executions: what the backend made for its graphs, and for nothing else. asked: what a run of it wanted so far, and how often.
-    tries: that recording it may still take.
+    executions: what the backend made for its launches of graphs, by their number in a run, and for nothing else. launches: of the run
+    that is under way, so far. tries: that recording it may still take.
     """
 
     inputs: dict[str, DeviceTensor]
-    executions: dict[Any, Any] = field(default_factory=dict)
-    asked: Counter[Hashable] = field(default_factory=Counter)
+    executions: dict[int, Any] = field(default_factory=dict)
+    launches: int = 0
     launch: Callable[[], None] | None = None
     outputs: Sequence[DeviceTensor] = ()
     tries: int = TRIES
@@ -184,7 +184,7 @@ class DeviceLane(ABC):
 
     def run_recorded(self, record: Record, program: Program) -> Sequence[DeviceTensor]:
         """Runs a program on what was made for it, or makes that."""
-        record.asked.clear()
+        record.launches = 0
         return program(record.inputs)
 
     def settled(self, record: Record) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +163,7 @@ class Context:
 
 class TensorRTLane(DeviceLane):
     """One stream, scratch memory that its contexts share, and contexts: one for each profile, whose shapes change from run to run; and for
-    each program that is to be recorded its own, one for each graph that it runs, as a record goes on using what it was made with.
+    each program that is to be recorded its own, one for each of its launches, as a record goes on using what it was made with.
     """
 
     def __init__(self, manifest: Manifest, device: CudaDevice, plans: Plans) -> None:
@@ -203,25 +202,24 @@ class TensorRTLane(DeviceLane):
         """A context that is set to the inputs' shapes. A record needs one that has run before: TensorRT defers work to the first run."""
         values = {name: int(array) for name, array in inputs.items() if isinstance(array, np.ndarray)}
         shapes = {name: (values[name],) if name in values else tensor.shape for name, tensor in inputs.items()}
-        asked = (graph, tuple(shapes.items()))
-        own, times = (self.running.executions, self.running.asked) if self.running else ({}, Counter[Hashable]())
-        key = (*asked, times[asked])  # of many steps some have the same shapes
-        times[asked] += 1
-        if key in own:
-            context: Context = own[key]
+        own, number = (self.running.executions, self.running.launches) if self.running else ({}, 0)
+        if self.running:
+            self.running.launches += 1
+        if number in own:
+            context: Context = own[number]
             self.give_scratch(context)
             return context
         if self.recording:
             raise BackendError(f"{graph}: no execution context has run with its shapes")
         profile = self.profile_for(graph, shapes)
         if self.running and self.make_room():
-            context = own[key] = self.arena.retried(lambda: self.new_context(graph, profile))
+            context = own[number] = self.arena.retried(lambda: self.new_context(graph, profile))
         else:
             context = self.contexts.get((graph, profile)) or self.arena.retried(lambda: self.new_context(graph, profile))
         if context.shapes != shapes:
             self.set_shapes(context, graph, shapes, values)
         self.give_scratch(context)
-        if key not in own:
+        if number not in own:
             self.contexts[graph, profile] = context  # now that nothing makes the lane forget them before it is launched
         return context
 
