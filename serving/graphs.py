@@ -19,6 +19,7 @@ def ports(manifest: Manifest, modulation: dict[str, list[int]]) -> dict[str, tup
     """Inputs and outputs of every graph by the engine contract (docs/ENGINE.md)."""
     model, real = manifest.model, manifest.float_type
     tokens, positions = ("tokens", "int64", [-1, -1]), ("positions", "int64", [-1, -1])
+    all_tokens, all_positions = ((name, kind, [-1, model.length]) for name, kind, _ in (tokens, positions))
     encoder, decoder = ((name, real, [-1, *modulation[name]]) for name in ("encoder_modulation", "decoder_modulation"))
     features = ("features", real, [-1, -1, model.dim])
     logits = ("logits", "float32", [-1, -1, model.codes])
@@ -34,22 +35,24 @@ def ports(manifest: Manifest, modulation: dict[str, list[int]]) -> dict[str, tup
     size = model.image_size
     if size is not None:
         images: Port = ("images", "uint8", [-1, size, size, 3])
-        result["image_decoder"] = ([tokens, positions], [images])
-        result["image_encoder"] = ([images], [tokens])
+        result["image_decoder"] = ([all_tokens, all_positions], [images])
+        result["image_encoder"] = ([images], [all_tokens])
     return {name: both for name, both in result.items() if manifest.has(f"{name}.onnx")}
 
 
 def graph_configs(manifest: Manifest, name: str, gpus: Sequence[int]) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     """For every graph a model `<name>_<graph>`: its config, and its files (in the version folder → in the engine directory).
 
-    On GPUs with a TensorRT build of these graphs, weights included, the plans are served, else the graphs by ONNX Runtime.
+    On GPUs with a TensorRT build of these graphs, weights included, the plans are served, else the graphs by ONNX Runtime; the sampler
+    always so, since Triton's TensorRT backend takes no scalars.
     """
     builds = [build for build in read_builds(manifest) if servable(build, manifest)] if gpus else []
-    build = builds[-1] if builds else None
-    return {
-        f"{name}_{graph}": (config(f"{name}_{graph}", graph, inputs, outputs, build, gpus), files(manifest, graph, build))
-        for graph, (inputs, outputs) in ports(manifest, modulation_dims(manifest)).items()
-    }
+    result = {}
+    for graph, (inputs, outputs) in ports(manifest, modulation_dims(manifest)).items():
+        scalars = not all(dims for _, _, dims in inputs)
+        build = builds[-1] if builds and graph in builds[-1].graphs and not scalars else None
+        result[f"{name}_{graph}"] = (config(f"{name}_{graph}", graph, inputs, outputs, build, gpus), files(manifest, graph, build))
+    return result
 
 
 def servable(build: Build, manifest: Manifest) -> bool:
@@ -69,37 +72,30 @@ def modulation_dims(manifest: Manifest) -> dict[str, list[int]]:
 
 
 def files(manifest: Manifest, graph: str, build: Build | None) -> dict[str, str]:
-    if build and graph in build.graphs:
+    if build:
         return {"model.plan": build.plan(graph)}
     # Graphs name their external data, so only the graph itself is renamed.
     return {("model.onnx" if name == f"{graph}.onnx" else name): name for name in manifest.files_of(graph)}
 
 
 def config(name: str, graph: str, inputs: list[Port], outputs: list[Port], build: Build | None, gpus: Sequence[int]) -> dict[str, Any]:
-    profiles = build.profiles.get(graph) if build else None
-    plan = profiles is not None
     instances = {
         "count": 1,
         "kind": Word("KIND_GPU" if gpus else "KIND_CPU"),
         "gpus": list(gpus) or None,
         # Without them Triton takes the first profile alone, which is that of one step.
-        "profile": [str(index) for index in range(len(profiles))] if profiles else None,
+        "profile": [str(index) for index in range(len(build.graphs[graph].profiles))] if build else None,
     }
     return {
         "name": name,
-        "platform": "tensorrt_plan" if plan else "onnxruntime_onnx",
+        "platform": "tensorrt_plan" if build else "onnxruntime_onnx",
         "max_batch_size": 0,  # batch and rows are axes of the contract
-        "input": [tensor(*port, shape_tensor=plan and port[0] == "keep") for port in inputs],
+        "input": [tensor(*port) for port in inputs],
         "output": [tensor(*port) for port in outputs],
         "instance_group": [instances],
     }
 
 
-def tensor(name: str, kind: str, dims: list[int], shape_tensor: bool = False) -> dict[str, Any]:
-    return {
-        "name": name,
-        "data_type": Word(TYPES[kind]),
-        "dims": dims or [1],
-        "reshape": None if dims else {"shape": []},
-        "is_shape_tensor": True if shape_tensor else None,
-    }
+def tensor(name: str, kind: str, dims: list[int]) -> dict[str, Any]:
+    """Triton knows no scalars: its ONNX Runtime backend makes one of a single number."""
+    return {"name": name, "data_type": Word(TYPES[kind]), "dims": dims or [1]}

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from test_triton_repository import write
 
 from enat import Pipeline
 from enat.benchmarks.triton_server import Server
+from enat.runtime.backends.numpy_lane import NumpyLane
+from enat.runtime.loop import sample
 from enat.runtime.pictures import read_metadata
 from enat.serving.batches import Picture, draw_all
 
@@ -373,6 +375,77 @@ def test_a_reload_under_load_loses_nothing(server: Server, grpc: Client, bundled
         grpc.ask(one, "enat_png", class_id=1)
     one.load_model("enat")
     assert (grpc.ask(one, class_id=1, seed=1).as_numpy("image") == bundled.generate([1], seed=1)).all()
+
+
+STAND_IN = """
+import onnxruntime
+import triton_python_backend_utils as utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.session = onnxruntime.InferenceSession(f"{args['model_repository']}/1/model.onnx")
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        given = {}
+        for port in self.session.get_inputs():
+            array = utils.get_input_tensor_by_name(request, port.name).as_numpy()
+            given[port.name] = array if port.shape else array.reshape(())
+        outputs = zip(self.session.get_outputs(), self.session.run(None, given))
+        return utils.InferenceResponse([utils.Tensor(port.name, array) for port, array in outputs])
+"""
+
+
+class ServedLane(NumpyLane):
+    """Runs an engine's graphs on the server, a model each."""
+
+    def __init__(self, client: Any, module: Any) -> None:
+        self.client, self.module = client, module
+        self.outputs: dict[str, list[str]] = {}
+
+    def run_once(self, graph: str, inputs: Mapping[str, Any]) -> list[Any]:
+        from tritonclient.utils import np_to_triton_dtype
+
+        model = f"graphs_{graph}"
+        if model not in self.outputs:
+            self.outputs[model] = [one.name for one in self.client.get_model_metadata(model).outputs]
+        tensors = []
+        for name, array in inputs.items():
+            tensors.append(self.module.InferInput(name, array.shape or [1], np_to_triton_dtype(array.dtype)))
+            tensors[-1].set_data_from_numpy(np.ascontiguousarray(array).reshape(array.shape or [1]))
+        answer = self.client.infer(model, tensors)
+        return [answer.as_numpy(name) for name in self.outputs[model]]
+
+
+def test_graphs_of_their_own(grpc: Client, repository: Path, tmp_path: Path, bundled: Pipeline) -> None:
+    """Their configs are taken, and the loop runs on them. The server has no ONNX Runtime backend: a Python model stands in for it, which
+    makes scalars of single numbers, as that does."""
+    out = tmp_path / "models"
+    assert write(out, "--graphs", "--name", "graphs").exit_code == 0
+    names = [path.name for path in out.glob("graphs_*") if path.name != "graphs_png"]
+    one = grpc.open()
+    try:
+        for name in names:
+            config = out / name / "config.pbtxt"
+            text = config.read_text()
+            assert 'platform: "onnxruntime_onnx"' in text
+            environment_path = f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{environment()}" }} }}'
+            config.write_text(text.replace('platform: "onnxruntime_onnx"', 'backend: "python"') + environment_path)
+            (out / name / "1" / "model.py").write_text(STAND_IN)
+            shutil.move(out / name, repository / name)
+            one.load_model(name)
+        (pictures,) = sample(ServedLane(one, grpc.module), bundled.manifest, [3, 17], [1, 2], bundled.schedule(), images=True)
+        assert (pictures == bundled.generate([3, 17], seed=[1, 2])).all()
+        (tokens,) = ServedLane(one, grpc.module).run("image_encoder", {"images": pictures})
+        assert (tokens == bundled.encode(pictures).reshape(tokens.shape)).all()
+    finally:
+        for name in names:
+            if one.is_model_ready(name):
+                one.unload_model(name)
+            shutil.rmtree(repository / name, ignore_errors=True)
 
 
 def test_the_page_s_client(server: Server, bundled: Pipeline) -> None:
