@@ -14,7 +14,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .products import Graphs, Group, Product, fixed
-from .smooth import array
 
 ZERO_POINT = 128
 INPUT_LIMIT = 127
@@ -185,6 +184,11 @@ def quantize_columns(table: Floats) -> tuple[NDArray[np.int8], Floats, Floats]:
 def describe(node: ir.Node, name: str, shape: ir.Shape | None, dtype: ir.DataType) -> None:
     output = node.outputs[0]
     output.name, output.shape, output.type = name, shape, ir.TensorType(dtype)
+
+
+def array(value: ir.Value) -> Floats:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def constant(graph: ir.Graph, name: str, values: np.generic | NDArray[np.generic]) -> ir.Value:

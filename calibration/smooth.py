@@ -7,7 +7,6 @@ compute stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..runtime.manifest import ModelInfo
 from .products import NETWORK, Graphs, Group
+from .quantize import array, constant
 from .statistics import Statistic
 
 Floats = NDArray[np.float32]
@@ -27,7 +27,7 @@ LARGEST_FACTOR = 1000.0  # and its reciprocal the smallest: the modulation must 
 SLOTS = {"attn.q": (0, 1), "attn.own_key": (0, 1), "attn.own_value": (0, 1), "attn.context_key": (2, 3), "attn.context_value": (2, 3)} | {
     "mlp.fc1": (5, 6)
 }
-NORMS = {"prev_proj.mlp.fc1": "prev_proj.norm", "mlm_layer.fc": "norm", "mlm_layer.words": "mlm_layer.ln"}
+BEHIND_NORMS = ("prev_proj.mlp.fc1", "mlm_layer.fc", "mlm_layer.words")  # LayerNorms with weights of their own
 
 
 @dataclass(frozen=True)
@@ -57,55 +57,62 @@ def factors(graphs: Graphs, group: Group, statistic: Statistic, alpha: float = A
 
 def foldable(group: Group) -> bool:
     layers = [product.name for product in group.products]
-    return group.graph in NETWORK and all(name in NORMS or name.endswith((*SLOTS, "attn.proj")) for name in layers)
+    return group.graph in NETWORK and all(name in BEHIND_NORMS or name.endswith((*SLOTS, "attn.proj")) for name in layers)
 
 
 def smooth(graphs: Graphs, chosen: list[Factors], model: ModelInfo) -> Graphs:
     """The same engine with the factors folded in. `graphs` are left as they are."""
-    changed: dict[tuple[str, str], Floats] = {}
+    result = {name: graph.clone() if name in (*NETWORK, "condition") else graph for name, graph in graphs.items()}
+    nodes = {name: {node.name: node for node in result[name].graph} for name in {one.group.graph for one in chosen}}
+    changed: dict[ir.Value, Floats] = {}
 
-    def edit(graph: str, name: str) -> Floats:
-        if (graph, name) not in changed:
-            changed[graph, name] = array(graphs[graph].graph.initializers[name]).copy()
-        return changed[graph, name]
+    def edit(value: ir.Value) -> Floats:
+        if value not in changed:
+            changed[value] = array(value).copy()
+        return changed[value]
 
     for one in chosen:
-        graph, values = one.group.graph, one.values
-        for product in one.group.products:
-            edit(graph, f"{product.name}.weight")[...] *= values[:, None]
+        graph, values = result[one.group.graph].graph, one.values
+        consumers = [nodes[one.group.graph][product.name] for product in one.group.products]
+        for node in consumers:
+            edit(own(graph, node, 1))[...] *= values[:, None]
         layer = one.group.products[0].name
-        if layer in NORMS:
-            for part in ("weight", "bias"):
-                edit(graph, f"{NORMS[layer]}.{part}")[...] /= values
+        if layer in BEHIND_NORMS:
+            norm = producer_of(consumers[0])
+            for index in (1, 2):
+                edit(own(graph, norm, index))[...] /= values
         elif layer.endswith("attn.proj"):
-            constants = graphs[graph].graph.initializers
             for source in ("own_value", "context_value"):
-                for part in ("weight", "bias"):  # [inputs, outputs] and [outputs]
-                    name = f"{layer.removesuffix('proj')}{source}.{part}"
-                    if name in constants:  # nothing is added to the context's values
-                        edit(graph, name)[...] /= values
+                node = nodes[one.group.graph][f"{layer.removesuffix('proj')}{source}"]
+                edit(own(graph, node, 1))[...] /= values  # [inputs, outputs]
+                for user, index in node.outputs[0].uses():
+                    other = user.inputs[1 - index] if user.op_type == "Add" else None
+                    if other is not None and other.is_initializer():  # nothing is added to the context's values
+                        edit(own(graph, user, 1 - index))[...] /= values
         else:
             _, number, *rest = layer.split(".")
-            block = int(number) - (model.encoder_depth if graph == "decoder" else 0)
-            table = edit("condition", f"{graph}_modulation_table")  # [classes + 1, blocks, 8, dim]
+            block = int(number) - (model.encoder_depth if one.group.graph == "decoder" else 0)
+            table = edit(result["condition"].graph.initializers[f"{one.group.graph}_modulation_table"])  # [classes + 1, blocks, 8, dim]
             for slot in SLOTS[".".join(rest)]:
                 table[:, block, slot] /= values
-    return {
-        name: with_initializers(model_, {key: value for (graph, key), value in changed.items() if graph == name})
-        for name, model_ in graphs.items()
-    }
+    for value, values in changed.items():
+        value.const_value = ir.tensor(values, name=value.name)
+    return result
 
 
-def array(value: ir.Value) -> Floats:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+def producer_of(node: ir.Node) -> ir.Node:
+    value = node.inputs[0]
+    assert value is not None
+    producer = value.producer()
+    assert producer is not None and producer.op_type == "LayerNormalization"
+    return producer
 
 
-def with_initializers(model: ir.Model, arrays: Mapping[str, Floats]) -> ir.Model:
-    """A copy of a graph with other constants under the same names."""
-    if not arrays:
-        return model
-    copy = model.clone()
-    for name, values in arrays.items():
-        copy.graph.initializers[name].const_value = ir.tensor(values, name=name)
-    return copy
+def own(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
+    """A node's constant, to be changed. PyTorch's exporter makes one of small ones that are equal: where others use it, a copy."""
+    value = node.inputs[index]
+    assert value is not None
+    if len(value.uses()) > 1:
+        value = constant(graph, f"{node.outputs[0].name}_input_{index}", array(value))
+        node.replace_input_with(index, value)
+    return value

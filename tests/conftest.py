@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, settings
@@ -210,6 +211,14 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 
     yield arrive
     signal.signal(signal.SIGINT, before)
+
+
+def with_initializers(model: ir.Model, arrays: Mapping[str, np.ndarray]) -> ir.Model:
+    """A copy of a graph with other constants under the same names."""
+    copy = model.clone()
+    for name, values in arrays.items():
+        copy.graph.initializers[name].const_value = ir.tensor(values, name=name)
+    return copy
 
 
 def list_anew(engine: Path) -> Path:

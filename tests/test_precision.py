@@ -17,12 +17,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import Result
-from conftest import invoke, list_anew, read_golden, refused
+from conftest import invoke, list_anew, read_golden, refused, with_initializers
 
 from enat import Pipeline
 from enat.calibration.calibrate import Settings
 from enat.calibration.products import Graphs, load_graphs
-from enat.calibration.smooth import ALPHA, with_initializers
+from enat.calibration.smooth import ALPHA
 from enat.errors import EngineError, ExportError, InputError
 from enat.export import convert
 from enat.export.cli import main as export_main

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import invoke, list_anew, refused
+from conftest import invoke, list_anew, refused, with_initializers
 from PIL import Image
 
 from enat import Pipeline
 from enat.calibration.products import find_products, int8_share, load_graphs
-from enat.calibration.smooth import with_initializers
 from enat.calibration.trajectory import divergence, record, replayed_logits, spread_labels
 from enat.export.cli import main as export_main
 from enat.export.compare import compare, engine_bytes, replayed, shares
