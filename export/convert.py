@@ -171,7 +171,7 @@ def changed_graphs(
         if drawn < images:
             report(f"drawing {images - drawn} images to learn from")
             with progress_bar(images - drawn, "image", progress) as bar:
-                trajectories.extend(record(reference, labels[drawn:images], settings.seed + drawn, BATCH, steps, bar.update))
+                trajectories.extend(record(reference, labels[drawn:images], (settings.seed + drawn) % 2**64, BATCH, steps, bar.update))
         return trajectories
 
     section: dict[str, Any] = {}

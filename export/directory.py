@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 
 from ..errors import ExportError, InputError, reason
 from ..runtime.builds import FOLDER
-from ..runtime.files import PARTIAL, check_writable, is_inside, replace_folder
+from ..runtime.files import PARTIAL, check_writable, is_inside, is_mount, replace_folder
 from ..runtime.manifest import FILE, FORMAT, file_entries, manifest_text, read_manifest
 
 
@@ -44,7 +43,7 @@ def check_target(out: Path, force: bool, reads: Iterable[Path | None] = ()) -> N
         raise InputError(f"{out}: exists and is not a directory")
     if out.exists() and is_inside(Path.cwd(), out):
         raise InputError(f"{out}: is or holds the working directory, which cannot be replaced; choose a folder in it")
-    if os.path.ismount(out):
+    if is_mount(out):
         raise InputError(f"{out}: a mount point cannot be replaced; choose a folder in it")
     if out.exists() and any(out.iterdir()):
         if not force:

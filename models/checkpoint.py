@@ -21,13 +21,14 @@ StateDict = dict[str, Tensor]
 
 HEAD_DIM = 64  # of the published networks
 DECODER_DEPTH = 2
-UNUSED = "prev_embedder."  # in every published checkpoint, used by nothing
-TRAINING = "loss."  # of a tokenizer: what its training alone uses
+# How the names begin of what is left out: in every published checkpoint, used by nothing; and a buffer of older trainings.
+UNUSED = ("prev_embedder.", "x_embedder.position_ids")
+TRAINING = ("loss.",)  # of a tokenizer: what its training alone uses
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel and AveragedModel, torch.compile, Lightning
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
 
-def read_state_dict(path: Path, unused: str | None = None) -> StateDict:
+def read_state_dict(path: Path, unused: tuple[str, ...] = ()) -> StateDict:
     """Reads tensors and nothing else, in float32: a file that would run code is refused. unused: how names begin that are left out.
 
     Raises CheckpointError where the file is missing, truncated, unsafe or holds no state dict, or more than one.
@@ -59,8 +60,12 @@ def read_state_dict(path: Path, unused: str | None = None) -> StateDict:
             raise MemoryError from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint, truncated or of another format ({reason})") from error
-    found = bare(unwrapped(state, path))
-    return float32({key: value for key, value in found.items() if unused is None or not key.startswith(unused)}, path)
+    found = without(bare(without(unwrapped(state, path), unused)), unused)  # a wrapper's name may be before those, or not
+    return float32(found, path)
+
+
+def without(state: StateDict, unused: tuple[str, ...]) -> StateDict:
+    return {key: value for key, value in state.items() if not str(key).startswith(unused)}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -95,16 +100,27 @@ def is_state_dict(found: object) -> bool:
     return isinstance(found, dict) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
 
 
+def state_dicts(found: dict[object, object]) -> dict[str, StateDict]:
+    """The state dicts in what belongs to a training, or in what that holds, as of averages; by their names."""
+    result: dict[str, StateDict] = {}
+    for name, value in found.items():
+        inside = {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) and not is_state_dict(value) else {}
+        for key, one in {str(name): value, **inside}.items():
+            if is_state_dict(one) and any(tensor.dim() > 1 for tensor in one.values()):  # others are counters, states of generators
+                result[key] = one
+    return result
+
+
 def unwrapped(found: object, path: Path) -> StateDict:
     """The state dict in what a file holds: that itself, or the only one in a dict of what belongs to a training. Raises CheckpointError."""
     if isinstance(found, dict) and not is_state_dict(found):
-        inside = [name for name, value in found.items() if is_state_dict(value)]
+        inside = state_dicts(found)
         if len(inside) > 1:
             raise CheckpointError(
-                f"{path}: holds several state dicts ({', '.join(map(str, inside))}); expected one: save that one alone with torch.save"
+                f"{path}: holds several state dicts ({', '.join(inside)}); expected one: save that one alone with torch.save"
             )
         if inside:
-            return found[inside[0]]  # type: ignore[no-any-return]
+            return next(iter(inside.values()))
     if not is_state_dict(found):
         raise CheckpointError(f"{path}: expected a plain state dict of tensors, found {describe(found)}")
     return found  # type: ignore[return-value]

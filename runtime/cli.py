@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 from .backends import BACKENDS, open_backend
-from .classes import class_index, parse_classes
+from .classes import class_index, parse_classes, whole
 from .command import Command, Source, Target, backend_option
 from .describe import classes_text, engine_info, info_text
 from .files import check_writable
@@ -227,6 +227,7 @@ def make_request(manifest: Manifest, classes: tuple[str, ...], num: int, seed: i
     """The request of a command line; draws a seed where none was given."""
     if not classes:
         raise InputError("expected at least one --class; --list-classes shows them")
+    num = whole(num, "a whole number of pictures a class")
     if num < 1:
         raise InputError(f"expected 1 or more pictures a class, got {num}")
     chosen = parse_classes(manifest.model, classes)

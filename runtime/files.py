@@ -38,6 +38,18 @@ def check_writable(path: Path, file: bool = False) -> None:
         raise InputError(f"{path}: cannot be written: {why}")
 
 
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted at a folder, of the same file system too (mount --bind), which os.path.ismount does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()  # proc(5): the fifth word, with spaces and the like as \\040
+    except OSError:
+        return False
+    mounted = (re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in lines)
+    return os.fsencode(path.resolve()) in mounted
+
+
 def is_there(path: Path) -> bool:
     """Raises OSError where that cannot be told, which Path.exists takes for no from Python 3.14 on."""
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C while foreign code runs that would lose it."""
+"""Ctrl-C and requests to end while foreign code runs that would lose them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextlib.contextmanager
 def held_back() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C inside comes at the end of the block; what is given tells whether it is to come. Extension modules make an ImportError of it
-    while they are imported, and TensorRT drops it where it arrives in a callback.
+    """Ctrl-C, SIGTERM and SIGHUP inside come at the end of the block, where the program does something with them; what is given tells
+    whether one is to come. Extension modules make an ImportError of what is raised while they are imported, and TensorRT drops it where
+    it is raised in a callback.
 
     Signals come to the main thread alone: in others nothing is held back.
     """
-    before, asked = signal.getsignal(signal.SIGINT), False
+    before: dict[int, Callable[[int, Any], Any]] = {}
+    asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
+        asked.append(number)
 
     try:
-        if not callable(before):  # ignored, or none of Python's
-            raise ValueError
-        signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, or not the main interpreter
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
+        with contextlib.suppress(ValueError):  # not the main thread, or not the main interpreter
+            for number in SIGNALS:
+                if callable(handler := signal.getsignal(number)):  # neither ignored nor left to the system
+                    before[number] = handler
+                    signal.signal(number, note)
+        yield lambda: bool(asked)
     finally:
-        if signal.getsignal(signal.SIGINT) is note:
-            signal.signal(signal.SIGINT, before)
-        if asked:
-            before(signal.SIGINT, None)
+        for number, handler in before.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
+        for number in dict.fromkeys(asked):
+            before[number](number, None)

@@ -197,7 +197,7 @@ def open_folder(out: Path, request: Request, pipeline: Pipeline, suffix: str, re
 def read_record(out: Path) -> dict[str, Any]:
     """The record of the run that began in a folder. Raises InputError where there is none."""
     if not out.exists():
-        raise InputError(f"{out}: no run to go on with: there is no such folder; classes begin one")
+        raise InputError(f"{out}: no run to go on with: there is no such folder; classes and a --seed begin one")
     try:
         record = json.loads((out / RUN_RECORD).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

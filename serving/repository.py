@@ -14,12 +14,13 @@ from typing import Any
 from ..errors import EngineError, InputError
 from ..runtime.backends import BACKENDS, MOST_IMAGES, check_precision
 from ..runtime.builds import read_builds
-from ..runtime.files import replace_folder
+from ..runtime.files import is_mount, replace_folder
 from ..runtime.manifest import ALL_GRAPHS, FILE, SETTINGS, Manifest, read_manifest
 from .config import Word, parameters, pbtxt
 from .graphs import graph_configs
 
 CONFIG = "config.pbtxt"
+LONGEST_NAME = 200  # of a model; file systems take 255, with what is put behind it
 LARGEST, LARGEST_TIME = 2**31 - 1, 2**63 - 1  # numbers that Triton's configuration holds
 PACKAGE = Path(__file__).parent.parent
 PACKAGE_FILES = ("__init__.py", "errors.py", "py.typed", "runtime", "serving")  # what a server needs of enat
@@ -76,6 +77,10 @@ class Options:
                 raise InputError(f"expected {name} of {lowest} {'or more' if value < lowest else f'to {largest}'}, got {value}")
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise InputError(f"expected a model name of ASCII letters, digits, _, - and ., got {self.name!r}")
+        if len(self.name) > LONGEST_NAME:
+            raise InputError(f"expected a model name of at most {LONGEST_NAME} characters, got {len(self.name)}")
+        if self.env and not self.env.isprintable():  # bytes that are no text are not, either
+            raise InputError(f"expected an environment whose path is text, got {self.env!r}")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise InputError(f"unknown backend {self.backend!r}; expected auto or one of {', '.join(BACKENDS)}")
         for gpu in self.gpus:
@@ -127,7 +132,7 @@ def write_repository(engine: Path, out: Path, options: Options, force: bool = Fa
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     # Beside the repository, where a server that polls it does not look; if that is another file system, in it.
-    place = out if os.path.ismount(out) or not os.access(out.parent, os.W_OK) else out.parent
+    place = out if is_mount(out) or not os.access(out.parent, os.W_OK) else out.parent
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=place))
     try:
         for name, config in models.items():
@@ -247,12 +252,11 @@ def warmup(batch: int) -> dict[str, Any]:
 
 def copy_package(target: Path) -> None:
     for name in PACKAGE_FILES:
-        source = PACKAGE / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target / name)
+        for source in sorted((PACKAGE / name).rglob("*")) if (PACKAGE / name).is_dir() else [PACKAGE / name]:
+            part = source.relative_to(PACKAGE)
+            if source.is_file() and "__pycache__" not in part.parts:
+                (target / part).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(source, target / part)
 
 
 def copy_engine(manifest: Manifest, target: Path) -> None:
@@ -272,8 +276,12 @@ def link_or_copy(source: Path, target: Path) -> None:
     except FileExistsError as error:
         raise EngineError(f"{source}: listed twice in {FILE}") from error
     except OSError:
-        try:
-            shutil.copyfile(source, target)
-        except OSError as error:
-            error.filename, error.filename2 = str(target), None  # it names the source first, which may lie on another disk
-            raise
+        copy_file(source, target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        error.filename, error.filename2 = str(target), None  # it names the source first, which may lie on another disk
+        raise

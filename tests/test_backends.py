@@ -24,7 +24,7 @@ import pytest
 from conftest import invoke, modulation, refused
 from host_device import HostDevice
 
-from enat import Pipeline
+from enat import Pipeline, commands
 from enat.errors import BackendError, EngineError, InputError
 from enat.export.cli import main as export_main
 from enat.runtime import backends
@@ -178,7 +178,7 @@ def test_a_backend_that_is_there_and_broken(manifest: Manifest, monkeypatch: pyt
 def test_ctrl_c_while_a_backend_is_imported(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None], works: bool
 ) -> None:
-    """Extension modules may make an ImportError of it: it comes when they are done."""
+    """Extension modules may make an ImportError of it: it comes when they are done. So do requests to end."""
     real = backends.import_module
 
     def interrupted(name: str, package: str) -> Any:
@@ -210,6 +210,47 @@ def test_ctrl_c_belongs_to_the_program(manifest: Manifest, ctrl_c: Callable[[], 
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and not interrupted()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: open_backend("onnxruntime", manifest).close()).result()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_request_to_end_comes_when_foreign_code_is_done(name: str) -> None:
+    """To a program that does something with it; others it ends at once."""
+    number = getattr(signal, name)
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(number, end)
+    reached = False
+    try:
+        with pytest.raises(SystemExit, match=str(128 + number)), held_back() as interrupted:
+            handler = signal.getsignal(number)
+            assert callable(handler) and handler is not end
+            handler(number, None)
+            assert interrupted()
+            reached = True
+        assert reached and signal.getsignal(number) is end
+        signal.signal(number, signal.SIG_DFL)
+        with held_back():
+            assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("name", ["run", "export", "verify", "triton", "bench"])
+def test_ctrl_c_while_a_command_is_imported(
+    monkeypatch: pytest.MonkeyPatch, ctrl_c: Callable[[], None], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    real = commands.import_module
+
+    def interrupted(module: str, package: str) -> Any:
+        ctrl_c()
+        return real(module, package)
+
+    monkeypatch.setattr(commands, "import_module", interrupted)
+    with pytest.raises(SystemExit) as info:
+        getattr(commands, name)()
+    assert info.value.code == 130 and capsys.readouterr().err == "Error: interrupted\n"
 
 
 def test_two_onnxruntimes_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

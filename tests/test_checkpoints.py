@@ -71,6 +71,9 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
         case "two networks":
             torch.save({"model": state, "ema": state, "step": 3}, path)
             return path, "holds several state dicts (model, ema)"
+        case "an average inside what keeps it":
+            torch.save({"model": state, "ema": {"decay": 0.999, "module": state}}, path)
+            return path, "holds several state dicts (model, ema.module)"
         case "something else among them":
             torch.save({**state, "step": 3}, path)
             return path, "found a dict whose 'step' is a int"
@@ -109,7 +112,8 @@ def damaged(tmp_path: Path, kind: str) -> tuple[Path, str]:
 
 KINDS = (
     "missing", "truncated", "damaged", "a counter among them", "one position", "no square", "no class", "no blocks", "empty",
-    "hostile", "hostile zip", "a folder", "two networks", "something else among them", "whole numbers", "complex numbers",
+    "hostile", "hostile zip", "a folder", "two networks", "an average inside what keeps it", "something else among them",
+    "whole numbers", "complex numbers",
     "sparse", "no values", "too large", "another model", "missing keys", "unknown keys", "a wrong shape", "not finite",
 )  # fmt: skip
 
@@ -174,6 +178,11 @@ def wrapped(state: dict[str, Any], how: str) -> Any:
             return {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in state.items()}}
         case "Lightning":
             return {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3, "optimizer_states": [{"a": 1}]}
+        case "beside what is no network":
+            optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 2)}}, "param_groups": []}
+            return {"optimizer": optimizer, "rng": {"cpu": torch.get_rng_state()}, "nnet": {"weights": state}}
+        case "positions in a buffer":
+            return {f"module.{key}": value for key, value in {**state, "x_embedder.position_ids": torch.arange(16)[None]}.items()}
         case "half precision":
             return {key: value.bfloat16() for key, value in state.items()}
         case "float8":
@@ -183,17 +192,30 @@ def wrapped(state: dict[str, Any], how: str) -> Any:
 
 def test_a_tokenizer_with_what_its_training_used(tmp_path: Path) -> None:
     """A discriminator's counters are no floats, and no part of the tokenizer."""
-    state = {**read_state_dict(TINY.vqgan), "loss.discriminator.main.3.num_batches_tracked": torch.tensor(3)}
-    torch.save({"state_dict": state}, tmp_path / "vqgan.ckpt")
     expected = load_tokenizer(TINY.vqgan).state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in load_tokenizer(tmp_path / "vqgan.ckpt").state_dict().items())
+    for prefix in ("", "model."):
+        state = {f"{prefix}{key}": value for key, value in read_state_dict(TINY.vqgan).items()}
+        state["loss.discriminator.main.3.num_batches_tracked"] = torch.tensor(3)
+        torch.save({"state_dict": state}, tmp_path / "vqgan.ckpt")
+        assert all(torch.equal(value, expected[key]) for key, value in load_tokenizer(tmp_path / "vqgan.ckpt").state_dict().items())
 
 
-@pytest.mark.parametrize("how", ["DistributedDataParallel of torch.compile", "AveragedModel", "Lightning", "half precision", "float8"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "DistributedDataParallel of torch.compile",
+        "AveragedModel",
+        "Lightning",
+        "beside what is no network",
+        "positions in a buffer",
+        "half precision",
+        "float8",
+    ],
+)
 def test_checkpoints_as_trainings_write_them(tmp_path: Path, how: str) -> None:
-    state = read_state_dict(TINY.ckpt)
+    state = read_state_dict(TINY.ckpt, UNUSED)
     torch.save(wrapped(state, how), tmp_path / "net.pth")
-    found = read_state_dict(tmp_path / "net.pth")
+    found = read_state_dict(tmp_path / "net.pth", UNUSED)
     assert found.keys() == state.keys()
     for key, value in found.items():
         assert value.dtype == torch.float32 and torch.allclose(value, state[key], rtol=0.1, atol=0.01), key

@@ -282,6 +282,7 @@ def test_tokens(run: Run, engines: Callable[[str], Path]) -> None:
         (["--class", "1"], ["expected --out"]),
         (["--class", "1", "--num", "2", "--out", "a.png"], ["a.png: 2 pictures", "--grid"]),
         (["--class", "1", "--num", "0", "--out", "a.png"], ["1 or more pictures"]),
+        (["--class", "1", "--num", "9" * 4300, "--out", "folder"], ["expected a whole number of pictures a class, got one of 14285 bits"]),
         (["--class", "1", "--grid", "--out", "folder"], ["--grid makes one picture"]),
         (["--class", "1", "--gif", "--out", "a.png"], [".gif"]),
         (["--class", "1", "--out", "a.bmp"], ["a.bmp: expected a folder, or a file that ends in .png"]),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import http.server
 import json
 import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 import threading
 import tomllib
 import urllib.request
@@ -57,6 +61,8 @@ def test_what_no_server_could_start_is_refused(tmp_path: Path) -> None:
         (("--queue-delay", 10**30), "expected queue delay of 0 to 9223372036854775807, got 1000"),
         (("--name", "bücher"), "expected a model name of ASCII letters, digits, _, - and ., got 'bücher'"),
         (("--name", "."), "expected a model name of ASCII letters, digits, _, - and ., got '.'"),
+        (("--name", "a" * 201), "expected a model name of at most 200 characters, got 201"),
+        (("--env", "/tmp/\udcff"), "expected an environment whose path is text, got '/tmp/\\udcff'"),
         (("--gpus", "-1"), "expected GPUs of 0 or more, got -1"),
         (("--backend", "tensorrt"), "the backend tensorrt needs --gpus"),
         (("--backend", "openvino", "--gpus", 0), "the backend openvino does not run on GPUs"),
@@ -171,6 +177,37 @@ def test_nothing_is_written_beside_a_repository(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "rename", within)
     assert write(tmp_path / "models").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["enat", "enat_png"]
+
+
+def test_a_repository_that_is_bound_to_a_place(tmp_path: Path) -> None:
+    """As into a container: on the same file system, and nothing can be moved there from elsewhere."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "here and there").mkdir()
+    code = "import sys; from enat.serving.cli import main; main(sys.argv[1:])"
+    script = 'mount --bind source "$2" && exec "$0" -c "$1" --out "$2"'
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*namespace, "mount", "--bind", "source", "here and there"], cwd=tmp_path, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mounts of its own")
+    command = [*namespace, "bash", "-c", script, sys.executable, code, "here and there"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "source").iterdir()) == ["enat", "enat_png"]
+
+
+def test_a_disk_that_gets_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copyfile
+
+    def full(source: Path, target: Path) -> Any:
+        if Path(target).name == "noise.py":
+            raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    result = write(tmp_path / "models")
+    assert result.exit_code == 1 and result.stderr.endswith("runtime/noise.py: the disk is full\n") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.py"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -295,9 +332,11 @@ def test_deployments() -> None:
     assert f"COPY serving/deploy/{Path(probe).name} {Path(probe).parent}/\n" in dockerfile and (folder / Path(probe).name).exists()
 
 
-@pytest.mark.parametrize(("answer", "well"), [(200, True), (400, True), (503, True), (500, False), (None, True), ("none", False)])
+@pytest.mark.parametrize(
+    ("answer", "well"), [(400, True), (503, True), (404, False), (405, False), (500, False), (None, True), ("none", False)]
+)
 def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer: int | str | None, well: bool) -> None:
-    """A full queue is no failure, nor is an answer that takes too long; where the model's process or the server is gone, it is one."""
+    """A full queue is no failure, nor is an answer that takes too long; where the server, the model or its process is gone, it is one."""
     over = threading.Event()
     asked: list[str] = []
 
@@ -309,6 +348,8 @@ def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer
             else:
                 self.send_response(int(answer))
                 self.end_headers()
+                said = {400: "expected a class of 0 to 35, got -1", 404: "unknown model", 405: "", 500: "stub is not healthy", 503: "full"}
+                self.wfile.write(json.dumps({"error": said[int(answer)]}).encode())
 
         def log_message(self, format: str, *arguments: object) -> None: ...
 
@@ -324,7 +365,8 @@ def test_what_the_probe_makes_of_answers(monkeypatch: pytest.MonkeyPatch, answer
             server.socket.close()
         else:
             thread.start()
-        monkeypatch.setattr("sys.argv", ["healthy.py", f"127.0.0.1:{server.server_port}", "other"])
+        monkeypatch.setattr("sys.argv", ["healthy.py", f"127.0.0.1:{server.server_port}"])
+        monkeypatch.setenv("ENAT_MODEL", "other")
         try:
             runpy.run_path(str(Path(__file__).parent.parent / "serving" / "deploy" / "healthy.py"))
             said = None

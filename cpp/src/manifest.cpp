@@ -271,6 +271,8 @@ void Manifest::require_unchanged() const {
             check_file(*this, name, entry, /*verify=*/true);  // on some file systems the same file has other numbers each time
         } catch (const EngineError& error) {
             throw EngineError(error.what() + std::string("; it was replaced while the engine was loaded"));
+        } catch (const fs::filesystem_error& failed) {
+            throw EngineError(shown(failed.path1()) + ": " + failed.code().message() + "; it was replaced while the engine was loaded");
         }
     }
 }

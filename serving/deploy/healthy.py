@@ -2,25 +2,27 @@
 
     python3 healthy.py [SERVER [MODEL]]
 
-Asks for a class that no engine has, which the model refuses without drawing. Exit code 1 where the server or the model's process is gone;
-0 where it answers, or is too busy to answer soon.
+The model is `enat`, or what ENAT_MODEL says, by default. Asks for a class that no engine has, which the model refuses without drawing.
+Exit code 1 where the server, the model or its process is gone; 0 where it answers, or is too busy to answer soon.
 """
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
 
 PATIENCE = 8  # seconds
 
-server, model = [*sys.argv[1:], *("127.0.0.1:8000", "enat")[len(sys.argv) - 1 :]]
+server, model = [*sys.argv[1:], *("127.0.0.1:8000", os.environ.get("ENAT_MODEL", "enat"))[len(sys.argv) - 1 :]]
 body = {"inputs": [{"name": "class_id", "datatype": "INT64", "shape": [1, 1], "data": [-1]}]}
 here = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the container's proxy is for what is elsewhere
 try:
     here.open(f"http://{server}/v2/models/{model}/infer", json.dumps(body).encode(), PATIENCE)
-except urllib.error.HTTPError as error:  # 400 where the model refuses it, 503 where the queue is full
-    if error.code == 500:
-        sys.exit(error.read().decode(errors="replace"))
+except urllib.error.HTTPError as error:  # 503 where the queue is full
+    said = error.read().decode(errors="replace")
+    if error.code != 503 and "expected a class of" not in said:
+        sys.exit(said or f"{server}: {error}")
 except TimeoutError:
     pass
 except urllib.error.URLError as error:
