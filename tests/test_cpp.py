@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -173,6 +174,26 @@ def test_the_page_shows_what_works(plain: Path, cmake: str, bundled: Pipeline, t
     assert drawn_in_c == bundled.generate(["R"], seed=7).tobytes()
     installed = enat_run(tmp_path / "installed" / "bin", "--class", "R", "--seed", 7, "--out", tmp_path / "R.png")
     assert installed.returncode == 0, installed.stderr
+
+
+def test_inside_another_project(cmake: str, dependencies: Path, tmp_path: Path) -> None:
+    """What that has set counts, from the first configuration on, and nothing of it stays; a unity build of its own is not the library's."""
+    if tuple(map(int, re.findall(r"\d+", done(cmake, "--version"))[:2])) < (3, 21):
+        pytest.skip("an older CMake forgets what a project has set, the first time")
+    (tmp_path / "CMakeLists.txt").write_text(f"""
+cmake_minimum_required(VERSION 3.18)
+project(parent LANGUAGES CXX)
+set(CMAKE_UNITY_BUILD ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(ENAT_SANITIZE undefined)
+set(ONNXRUNTIME_ROOT "{dependencies}")
+add_subdirectory("{ROOT / "cpp"}" enat)
+""")
+    for _ in range(2):
+        done(cmake, "-S", tmp_path, "-B", tmp_path / "build", f"-DNLOHMANN_JSON_INCLUDE_DIR={dependencies / 'include'}")
+        entries = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+        assert {Path(entry["file"]) for entry in entries} == set((ROOT / "cpp" / "src").glob("*.cpp"))
+        assert all("-fsanitize=undefined" in entry["command"] for entry in entries)
 
 
 def test_start_to_first_picture(plain: Path, tmp_path: Path) -> None:
