@@ -43,7 +43,7 @@ def is_mount(path: Path) -> bool:
     if os.path.ismount(path):
         return True
     try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()  # proc(5): the fifth word, with spaces and the like as \\040
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()  # proc(5): the fifth word, with spaces and the like as \040
     except OSError:
         return False
     mounted = (re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in lines)
