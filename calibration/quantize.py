@@ -17,6 +17,7 @@ from .products import Graphs, Group, Product, fixed
 
 ZERO_POINT = 128
 INPUT_LIMIT = 127
+LARGEST_BIAS = 2**30  # ONNX Runtime adds a convolution's bias in 32 bits, in steps of the input's scale times the channel's
 WEIGHT_LIMITS = {8: 127, 7: 63}  # bits → largest magnitude; 7 bits keep 255·63·2 within the 16 bits of kernels without VNNI
 
 Floats = NDArray[np.float32]
@@ -42,12 +43,16 @@ def quantize(graphs: Graphs, groups: Collection[Group], ranges: Ranges, weight_b
             consumers = [nodes[product.name] for product in group.products]
             value = consumers[0].inputs[0]
             assert value is not None
-            used = switch(model.graph, group, quantized_value(model.graph, value, ranges[graph, group.input]), value)
+            limit, producer = ranges[graph, group.input], value.producer()
+            if producer is None or producer.op_type != "DequantizeLinear":  # of a convolution's output, by the same range
+                value = switch(model.graph, group, quantized_value(model.graph, value, limit), value)
             for product, node in zip(group.products, consumers, strict=True):
-                node.replace_input_with(0, used)
+                node.replace_input_with(0, value)
                 weight = node.inputs[1]
                 assert weight is not None
-                quantized = quantized_weights(model.graph, weight, product, WEIGHT_LIMITS[weight_bits])
+                bias = node.inputs[2] if len(node.inputs) > 2 else None
+                least = 0.0 if bias is None else np.abs(array(bias)) / (step_of(limit) * LARGEST_BIAS)
+                quantized = quantized_weights(model.graph, weight, product, WEIGHT_LIMITS[weight_bits], least)
                 node.replace_input_with(1, switch(model.graph, group, quantized, weight))
                 if product.kind == "Conv":
                     output = node.outputs[0]
@@ -63,9 +68,7 @@ def quantized_value(graph: ir.Graph, value: ir.Value, limit: float) -> ir.Value:
     """Q and DQ right behind what makes a value; returns what is used in its place."""
     producer = value.producer()
     assert producer is not None
-    smallest = float(np.finfo(np.float32).tiny)
-    step = max(limit / INPUT_LIMIT, smallest) if limit else 1.0  # of what was always 0, float16 holds no other
-    scale = constant(graph, f"{value.name}_scale", np.float32(step))
+    scale = constant(graph, f"{value.name}_scale", step_of(limit))
     zero = constant(graph, f"{value.name}_zero_point", np.uint8(ZERO_POINT))
     q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}_quantize")
     dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{value.name}_dequantize")
@@ -75,9 +78,14 @@ def quantized_value(graph: ir.Graph, value: ir.Value, limit: float) -> ir.Value:
     return dq.outputs[0]
 
 
-def quantized_weights(graph: ir.Graph, weight: ir.Value, product: Product, limit: int) -> ir.Value:
-    """DQ on 8-bit weights; returns what takes the place of a product's float weights, and their name."""
-    levels, scales = quantize_channels(array(weight), product.weight_axis, limit)
+def step_of(limit: float) -> np.float32:
+    """The scale of values of this largest magnitude; of what was always 0, float16 holds no other."""
+    return np.float32(max(limit / INPUT_LIMIT, float(np.finfo(np.float32).tiny)) if limit else 1.0)
+
+
+def quantized_weights(graph: ir.Graph, weight: ir.Value, product: Product, limit: int, least: Floats | float) -> ir.Value:
+    """DQ on 8-bit weights; returns what takes the place of a product's float weights, and their name. least: of the scales."""
+    levels, scales = quantize_channels(array(weight), product.weight_axis, limit, least)
     name = f"{product.name}.weight"
     weight.name = f"{name}_float"
     stored = [constant(graph, f"{name}_int8", levels), constant(graph, f"{name}_scale", scales)]
@@ -87,11 +95,11 @@ def quantized_weights(graph: ir.Graph, weight: ir.Value, product: Product, limit
     return dq.outputs[0]
 
 
-def quantize_channels(weights: Floats, axis: int, limit: int) -> tuple[NDArray[np.int8], Floats]:
-    """weights → int8 of the same shape in [−limit, limit], and a scale for every index along `axis`."""
+def quantize_channels(weights: Floats, axis: int, limit: int, least: Floats | float = 0.0) -> tuple[NDArray[np.int8], Floats]:
+    """weights → int8 of the same shape in [−limit, limit], and a scale for every index along `axis`. least: of the scales."""
     others = tuple(i for i in range(weights.ndim) if i != axis)
     magnitudes = np.abs(weights).max(axis=others)
-    scales = np.where(magnitudes > 0, magnitudes / limit, 1).astype(np.float32)
+    scales = np.maximum(np.where(magnitudes > 0, magnitudes / limit, 1), least).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weights.ndim)]
     return np.clip(np.rint(weights / scales.reshape(shape)), -limit, limit).astype(np.int8), scales
 
@@ -196,6 +204,16 @@ def constant(graph: ir.Graph, name: str, values: np.generic | NDArray[np.generic
     tensor = ir.tensor(np.asarray(values), name=name)
     value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
+    return value
+
+
+def own(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
+    """A node's constant, to be changed. PyTorch's exporter makes one of small ones that are equal: where others use it, a copy."""
+    value = node.inputs[index]
+    assert value is not None
+    if len(value.uses()) > 1:
+        value = constant(graph, f"{node.outputs[0].name}_input_{index}", array(value))
+        node.replace_input_with(index, value)
     return value
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..runtime.manifest import ModelInfo
 from .products import NETWORK, Graphs, Group
-from .quantize import array, constant
+from .quantize import array, own
 from .statistics import Statistic
 
 Floats = NDArray[np.float32]
@@ -27,6 +27,8 @@ LARGEST_FACTOR = 1000.0  # and its reciprocal the smallest: the modulation must 
 SLOTS = {"attn.q": (0, 1), "attn.own_key": (0, 1), "attn.own_value": (0, 1), "attn.context_key": (2, 3), "attn.context_value": (2, 3)} | {
     "mlp.fc1": (5, 6)
 }
+# Layers of an attention. The exporter makes one of those with equal weights, as of zeros, and equal inputs.
+KEYS_AND_VALUES = ("own_key", "own_value", "context_key", "context_value")
 BEHIND_NORMS = ("prev_proj.mlp.fc1", "mlm_layer.fc", "mlm_layer.words")  # LayerNorms with weights of their own
 
 
@@ -42,6 +44,11 @@ def factors(graphs: Graphs, group: Group, statistic: Statistic, alpha: float = A
     """max|X|^α / max|W|^(1−α), channel by channel, their geometric mean 1; None where nothing can take the division up."""
     if not foldable(group) or statistic.channel_max is None:
         return None
+    layer = group.products[0].name
+    if layer.endswith("attn.proj"):
+        there = {node.name for node in graphs[group.graph].graph}
+        if not all(f"{layer.removesuffix('proj')}{name}" in there for name in KEYS_AND_VALUES):
+            return None
     weights = graphs[group.graph].graph.initializers
     rows = np.max([np.abs(array(weights[f"{product.name}.weight"])).max(1) for product in group.products], axis=0)
     inputs = statistic.channel_max.astype(np.float64)
@@ -106,13 +113,3 @@ def producer_of(node: ir.Node) -> ir.Node:
     producer = value.producer()
     assert producer is not None and producer.op_type == "LayerNormalization"
     return producer
-
-
-def own(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
-    """A node's constant, to be changed. PyTorch's exporter makes one of small ones that are equal: where others use it, a copy."""
-    value = node.inputs[index]
-    assert value is not None
-    if len(value.uses()) > 1:
-        value = constant(graph, f"{node.outputs[0].name}_input_{index}", array(value))
-        node.replace_input_with(index, value)
-    return value

@@ -107,7 +107,7 @@ def convert_engine(
         for name in {name for graph in as_they_are if manifest.has(f"{graph}.onnx") for name in manifest.files_of(graph)}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, folder / name)
-        theirs = json.loads((source / FILE).read_text("utf-8"))
+        theirs = json.loads((source / FILE).read_bytes())
         content = {name: theirs[name] for name in ("format", "version", "model", "sampling", "opset", "source") if name in theirs}
         content |= {"precision": precision.name, "float_type": FLOAT_TYPES["fp16" if precision.float16 else "fp32"], "producer": producer()}
         content["calibration"] = section

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from ..graph_file import load
 from ..runtime.backends.cuda import device_index, use_device
 from ..runtime.backends.tensorrt import platform_of, start_runtime
 from ..runtime.builds import (
+    BACKEND,
     FOLDER,
     SECTION,
     Build,
@@ -35,6 +39,9 @@ from . import tables, tensorrt_graphs, tensorrt_plan
 from .tensorrt_graphs import prepare
 from .tensorrt_options import Options
 from .tensorrt_plan import built, refitted
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def check_options(device: str = "cuda:0", timing_cache: Path | None = None, refit: Path | None = None, **options: Any) -> None:
@@ -70,8 +77,7 @@ def build_engine(
     options = Options(tuple(steps) or (manifest.sampling.steps,), **settings)
     here = platform_of(index)
     wanted = describe(manifest, here, options)
-    builds = read_builds(manifest)
-    for found in builds:
+    for found in read_builds(manifest):
         if found.id == wanted.id and not force:
             try:
                 for name, entry in found.files.items():
@@ -80,8 +86,7 @@ def build_engine(
                 report(f"built again: {error}")
                 break
             report(f"already built: {found.folder}")
-            if found != builds[-1]:  # of those that suit, the last one is taken
-                write_builds(manifest, [*(one for one in builds if one != found), found])
+            put_last(manifest, found)
             return found
     source = refittable_build(refit, here, wanted) if refit else None
     try:
@@ -142,6 +147,30 @@ def refittable_build(engine: Path, here: Platform, wanted: Build) -> tuple[Manif
     raise InputError(f"{engine}: has no build with these options to refit; expected one made with --weights refittable")
 
 
+@contextlib.contextmanager
+def alone(manifest: Manifest) -> Iterator[Manifest]:
+    """The manifest as it is now, while no other process changes its list of builds (where the file system has locks). Raises ExportError
+    where another engine is in its place."""
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32":
+            handle = os.open(manifest.folder / FOLDER, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        now = read_manifest(manifest.folder)
+        if now.hash != manifest.hash:
+            raise ExportError(f"{manifest.folder}: was replaced while its plans were built; build them again")
+        yield now
+
+
+def put_last(manifest: Manifest, build: Build) -> None:
+    """Lists a build behind the others: of those that suit, the last one is taken."""
+    with alone(manifest) as now:
+        builds = read_builds(now)
+        if build in builds[:-1]:
+            write_builds(now, [*(one for one in builds if one != build), build])
+
+
 def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
     """Moves a finished build into the engine and lists it; builds that no longer suit the graphs are taken off."""
     engine = manifest.folder
@@ -150,22 +179,20 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
         f"{build.folder}/{path.relative_to(folder).as_posix()}": {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
     build = replace(build, files=files)
-    now = read_manifest(engine)  # others may have built meanwhile
-    if now.hash != manifest.hash:
-        raise ExportError(f"{engine}: was replaced while its plans were built; build them again")
-    others = [one for one in read_builds(now) if one.id != build.id]
-    current = [one for one in others if changed_graph(one, now) is None]
-    place, old = engine / build.folder, folder.parent / "old"
-    replace_folder(place, folder, old)
-    try:
-        write_builds(now, [*current, build])
-    except BaseException:
-        if not is_listed(build, engine):
-            if old.exists():
-                replace_folder(place, old, folder)
-            else:
-                place.rename(folder)
-        raise
+    with alone(manifest) as now:  # others may have built meanwhile
+        others = [one for one in read_builds(now) if one.id != build.id]
+        current = [one for one in others if changed_graph(one, now) is None]
+        place, old = engine / build.folder, folder.parent / "old"
+        replace_folder(place, folder, old)
+        try:
+            write_builds(now, [*current, build])
+        except BaseException:
+            if not is_listed(build, engine):
+                if old.exists():
+                    replace_folder(place, old, folder)
+                else:
+                    place.rename(folder)
+            raise
     for one in others:
         if one not in current:
             shutil.rmtree(engine / one.folder, ignore_errors=True)
@@ -174,12 +201,13 @@ def put_in_manifest(manifest: Manifest, build: Build, folder: Path) -> Build:
 
 def is_listed(build: Build, engine: Path) -> bool:
     """Whether an engine's manifest lists the very files of a build."""
-    return any(one.get("files") == build.files for one in json.loads((engine / FILE).read_text("utf-8")).get(SECTION, []))
+    return any(one.get("files") == build.files for one in json.loads((engine / FILE).read_bytes()).get(SECTION, []))
 
 
 def write_builds(manifest: Manifest, builds: Sequence[Build]) -> None:
-    """Lists these builds in an engine's manifest, in this order, in place of those that it lists."""
-    content = json.loads((manifest.folder / FILE).read_text("utf-8"))
-    content[SECTION] = [one.as_json() for one in builds]
+    """Lists these builds in an engine's manifest, in this order, in place of those that it lists, but for other programs'."""
+    content = json.loads((manifest.folder / FILE).read_bytes())
+    others = [entry for entry in content.get(SECTION, []) if isinstance(entry, dict) and entry.get("backend") != BACKEND]
+    content[SECTION] = [*others, *(one.as_json() for one in builds)]
     with WholeFile(manifest.folder / FILE) as partial:
         partial.write_bytes(manifest_text(content))

@@ -17,7 +17,7 @@ from polygraphy.backend.trt import Profile as PolygraphyProfile
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
-from ..errors import ExportError, first_line
+from ..errors import BackendError, ExportError, first_line
 from ..runtime.backends.tensorrt import LOGGER, load_plan, refit, start_runtime
 from ..runtime.builds import Profile
 from ..runtime.interrupts import held_back
@@ -79,13 +79,37 @@ def polygraphy_profile(profile: Profile) -> Any:
 
 
 def refitted(plan: Path, old: Prepared, new: Prepared) -> bytes:
-    """The plan of the graph `old` with the weights of another one of the same form. Raises BackendError where it would keep old ones."""
+    """The plan of the graph `old` with the weights of another one of the same form. Raises BackendError where it has another one, or the
+    plan would keep old weights."""
+    if form(old) != form(new):
+        raise BackendError(f"{new.data_of}: has other layers than the graph that the plan was built of; build it anew, without --refit")
     engine = load_plan(start_runtime(), plan)
     refit(engine, new.path, new.data_of, changed_weights(old, new))
     config = engine.create_serialization_config()
     if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # so that it takes the next weights, too
     return bytes(memoryview(engine.serialize_with_config(config)))
+
+
+def form(graph: Prepared) -> list[object]:
+    """All of a graph but its weights."""
+    model = graph.load()
+    constants = [(name, value.dtype, value.shape) for name, value in sorted(model.graph.initializers.items())]
+    nodes = [
+        (
+            node.op_type,
+            [str(value.name) if value else "" for value in node.inputs],
+            [str(value.name) for value in node.outputs],
+            sorted((name, written(attribute)) for name, attribute in node.attributes.items()),
+        )
+        for node in model.graph
+    ]
+    return [constants, nodes]
+
+
+def written(attribute: ir.Attr) -> str:
+    value = attribute.value
+    return repr(value.numpy().tolist() if isinstance(value, ir.TensorProtocol) else value)
 
 
 def changed_weights(old: Prepared, new: Prepared) -> list[str]:

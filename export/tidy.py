@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..calibration.quantize import constant
+from ..calibration.quantize import array, constant, own
 
 
 def spell_out_shapes(model: ir.Model) -> None:
@@ -55,12 +55,12 @@ def shuffle_whole_channels(model: ir.Model) -> None:
         if conv is None or conv.op_type != "Conv" or node.attributes.get_string("mode", "DCR") != "CRD":
             continue
         constants = [value for value in conv.inputs[1:] if value is not None]
-        if len(conv.outputs[0].uses()) > 1 or any(value.const_value is None or len(value.uses()) > 1 for value in constants):
+        if len(conv.outputs[0].uses()) > 1 or any(value.const_value is None for value in constants):
             continue
         block = node.attributes["blocksize"].as_int() ** 2
-        for value in constants:
-            assert value.const_value is not None
-            old = value.const_value.numpy()
+        for index in range(1, 1 + len(constants)):
+            value = own(model.graph, conv, index)
+            old = array(value)
             value.const_value = ir.tensor(old.reshape(-1, block, *old.shape[1:]).swapaxes(0, 1).reshape(old.shape), name=value.name)
         node.attributes["mode"] = ir.AttrString("mode", "DCR")
 

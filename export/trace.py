@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.products import is_product
+from ..calibration.quantize import own
 from .tables import IR_VERSION, OPSET
 from .tidy import join_slices, shuffle_whole_channels, spell_out_shapes
 
@@ -69,6 +70,8 @@ def name_weights(model: ir.Model) -> None:
         if is_product(node) and (weight := node.inputs[1]) is not None:
             *_, module, _ = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
             node.name = without_root(module)
+            if sum(is_product(user) for user, _ in weight.uses()) > 1:
+                weight = own(model.graph, node, 1)
             weight.name = f"{node.name}.weight"
 
 

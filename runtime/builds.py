@@ -13,7 +13,7 @@ from ..errors import EngineError
 from .manifest import FILE, Manifest, check_file
 
 SECTION = "builds"
-FOLDER = "tensorrt"
+FOLDER = BACKEND = "tensorrt"
 HARDWARE = ("this", "same", "ampere+")  # GPUs that a build serves: its own model, its compute capability, all from Ampere on
 
 Shape = tuple[int, ...]
@@ -84,7 +84,7 @@ class Build:
         return source if source is not None and f"{source}.data" in self.files else f"{graph}.onnx"
 
     def as_json(self) -> dict[str, Any]:
-        return {"backend": "tensorrt", "id": self.id, **asdict(self)}
+        return {"backend": BACKEND, "id": self.id, **asdict(self)}
 
 
 def graph_source(manifest: Manifest, graph: str) -> str:
@@ -97,7 +97,7 @@ def read_builds(manifest: Manifest) -> list[Build]:
     """The TensorRT builds that an engine's manifest lists. Raises EngineError for entries that are damaged."""
     result = []
     for number, entry in enumerate(manifest.builds):
-        if isinstance(entry, dict) and entry.get("backend") != "tensorrt":
+        if isinstance(entry, dict) and entry.get("backend") != BACKEND:
             continue
         try:
             if not all(isinstance(value, str) for value in entry["platform"].values()):

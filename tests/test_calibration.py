@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from conftest import read_golden
 from hypothesis import given
@@ -131,6 +133,29 @@ def test_weights_are_rounded_to_the_nearest_level(weights: np.ndarray, axis: int
     shape = (-1, 1) if axis == 0 else (1, -1)
     error = np.abs(levels * scales.reshape(shape) - weights)
     assert (error <= 0.5001 * scales.reshape(shape)).all()
+
+
+def test_channels_that_are_dead_but_for_their_bias() -> None:
+    """ONNX Runtime takes a bias in 32 bits, in steps of the input's scale times the weights' scale of the channel."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(8, 4, 3, 3)).astype(np.float32)
+    weights[::2] *= 1e-12
+    bias = rng.normal(size=8).astype(np.float32)
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20]> g (float[1, 4, 6, 6] a) => (float[1, 8, 6, 6] y) {
+        x = Identity(a)
+        z = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w, b)
+        y = Neg(z)
+    }""")
+    model.graph.initializer.extend([onnx.numpy_helper.from_array(weights, "w"), onnx.numpy_helper.from_array(bias, "b")])
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    next(node for node in graph.graph if node.op_type == "Conv").name = "conv"
+    graph.graph.initializers["w"].name = "conv.weight"
+    product = Product("conv", "image_decoder", "Conv", "x", "z", weights.size, False, 36)
+    ranges = {("image_decoder", "x"): 4.0, ("image_decoder", "z"): 40.0}
+    quantized = quantize({"image_decoder": graph}, [Group("image_decoder", "x", (product,))], ranges)["image_decoder"]
+    inputs = {"a": rng.normal(size=(1, 4, 6, 6)).astype(np.float32)}
+    expected, found = (ort.InferenceSession(ir.to_proto(one).SerializeToString()).run(None, inputs)[0] for one in (graph, quantized))
+    assert np.abs(found - expected).max() < 0.4
 
 
 @given(arrays.arrays(np.float32, (7, 3, 2), elements=st.floats(-10, 10, width=32)))
@@ -296,6 +321,29 @@ def test_smoothing_of_equal_weights(layers: str, tmp_path: Path) -> None:
         (trajectory,) = record(pipe, [1, 2], SEED, batch_size=2)
         smoothed = smooth(graphs, random_factors(graphs), pipe.manifest.model)
         assert compute_the_same(pipe, graphs, smoothed, trajectory, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["projections", "keys and values"])
+def test_narrow_networks_with_equal_weights(case: str, tmp_path: Path) -> None:
+    """Matrices of up to 1,024 numbers that are equal, as of zeros, the exporter makes one of, and one product of equal ones of the same
+    input."""
+    torch = pytest.importorskip("torch")
+    from enat.export.engine import export_engine
+    from enat.models.config import NetworkConfig
+    from enat.models.network import Network
+
+    torch.manual_seed(0)
+    network = Network(NetworkConfig(4, 32, 2, 1, 2, 16, 3))
+    for name, values in network.named_parameters():
+        values.data = 0.2 * torch.randn_like(values) if values.ndim > 1 else values.data + 0.1 * torch.randn_like(values)
+        if ("attn.proj.weight" if case == "projections" else "attn.kv.A.weight") in name:
+            values.data.zero_()
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    export_engine(tmp_path / "net.pth", tmp_path / "engine", heads=2, encoder_depth=1)
+    settings = Settings(images=8, float_layers=())
+    convert_engine(tmp_path / "engine", tmp_path / "fp16", Precision("fp16"), settings)
+    compared = convert_engine(tmp_path / "engine", tmp_path / "int8", Precision("int8"), settings)
+    assert compared.divergence < 0.01
 
 
 def test_smoothing_evens_channels_out(graphs: Graphs, groups: list[Group]) -> None:

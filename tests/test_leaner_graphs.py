@@ -82,10 +82,10 @@ def test_a_slice_that_more_than_the_next_one_reads_stays(uses: str) -> None:
     assert ir.to_proto(traced) == before
 
 
-@pytest.mark.parametrize(("another", "mode"), [("Identity(a)", b"DCR"), ("Conv<kernel_shape = [2, 2]>(a, w)", b"CRD"), ("Neg(x)", b"CRD")])
+@pytest.mark.parametrize(("another", "mode"), [("Identity(a)", b"DCR"), ("Conv<kernel_shape = [2, 2]>(a, w)", b"DCR"), ("Neg(x)", b"CRD")])
 def test_blocks_of_whole_channels(another: str, mode: bytes) -> None:
-    """The weights' order and the operator's mode change together; weights that another convolution uses stay as they are, and so do those
-    of channels that something else reads.
+    """The weights' order and the operator's mode change together; another convolution that uses the same ones gets those that were, and
+    where something else reads the channels they stay as they are.
     """
     rng = np.random.default_rng(0)
     text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[b, 3, 5, 5] a) => (float[b, 2, 8, 8] y, float[b, m, p, q] z) {{

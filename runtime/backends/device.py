@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,12 +93,14 @@ class Arena:
         self.device = device
         self.reclaim = reclaim  # called where memory is short: whether unused blocks may be freed
         self.unused: dict[int, list[int]] = {}  # size → addresses
+        self.returned: deque[tuple[int, int]] = deque()  # sizes and addresses, by whichever thread let go of them
         self.total = 0
         self.closed = False
 
     def take(self, size: int) -> Block:
         """A block of at least `size` bytes. Raises DeviceMemoryError."""
         size = rounded(size)
+        self.collect()
         fitting = [found for found, addresses in self.unused.items() if addresses and size <= found <= 2 * size]
         if fitting:
             size = min(fitting)
@@ -117,9 +120,15 @@ class Arena:
         return make()
 
     def put_back(self, address: int, size: int) -> None:
-        self.unused.setdefault(size, []).append(address)
+        self.returned.append((size, address))
         if self.closed:
             self.free_unused()
+
+    def collect(self) -> None:
+        with contextlib.suppress(IndexError):  # that is all
+            while True:
+                size, address = self.returned.popleft()
+                self.unused.setdefault(size, []).append(address)
 
     def close(self) -> None:
         """Frees what is unused, and from now on whatever nothing refers to any more: an exception may still hold a batch's tensors."""
@@ -127,11 +136,16 @@ class Arena:
         self.free_unused()
 
     def free_unused(self) -> None:
-        for size, addresses in self.unused.items():
-            for address in addresses:
+        """Whatever ends it before it is done: what was freed is no longer listed."""
+        self.collect()
+        for size, addresses in list(self.unused.items()):
+            while addresses:
+                try:
+                    address = addresses.pop()
+                except IndexError:  # of a closed arena, which several threads free at once
+                    break
+                self.total -= size
                 self.device.free(address)
-            self.total -= size * len(addresses)
-        self.unused = {}
 
 
 def rounded(size: int) -> int:

@@ -121,7 +121,8 @@ class Lanes(Generic[AnyLane]):
         libraries, which wait for them when what they made is taken down: that is left to the end of the process, and kept from Python
         there."""
         self.inherited = True
-        self.lost = bool(self.holders) or self.lock.locked()
+        self.lost = self.lock.locked() or len(self.free) < self.open  # one that is handed on has no holder for a moment
+        self.lock = threading.Lock()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def ask(self, turn: Future[AnyLane | None]) -> None:

@@ -240,7 +240,7 @@ class TensorRTLane(DeviceLane):
     def new_context(self, graph: str, profile: int) -> Context:
         engine = self.plans.engine(graph)
         LOGGER.listen()
-        with self.device.setting_up:
+        with self.device.setting_up, held_back():
             execution = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if execution is None:
                 raise DeviceMemoryError(f"{graph}: TensorRT made no execution context: {LOGGER.error}")
@@ -263,7 +263,8 @@ class TensorRTLane(DeviceLane):
                 done = execution.set_input_shape(name, shape)
             self.check(done, f"{graph}: TensorRT does not take {name} {list(shape)}")
         try:
-            missing = execution.infer_shapes()
+            with held_back():
+                missing = execution.infer_shapes()
         except RuntimeError as error:
             raise BackendError(f"{graph}: TensorRT does not take its shapes: {LOGGER.error or error}") from error
         self.check(not missing, f"{graph}: TensorRT does not take the shapes of {', '.join(missing or ())}")
@@ -303,7 +304,8 @@ class TensorRTLane(DeviceLane):
         if self.recording:
             return False
         self.device.synchronize()  # contexts must outlive what they launched, those of records too
-        self.contexts.clear()
-        if not self.running:  # whose contexts hold it
-            self.scratch = None
-        return super().forget()
+        with self.device.setting_up:  # they give memory back, for which the whole device may be waited
+            self.contexts.clear()
+            if not self.running:  # whose contexts hold it
+                self.scratch = None
+            return super().forget()
