@@ -42,7 +42,9 @@ def footprint(engine: Path, backend: str, device: str, threads: int | None, case
     for _ in range(2):
         asked["free"] = free_device_memory(device)  # before the process begins to use it, which takes some, too
         command = [sys.executable, "-P", "-m", __name__, json.dumps(asked)]
-        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        found = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, "PYTHONPATH": path})
+        if found.returncode < 0:
+            raise BackendError(f"a process that loads {engine} was ended by signal {-found.returncode}, for want of memory, maybe")
         if found.returncode:
             raise BackendError(f"a process that loads {engine} failed: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return Footprint(**json.loads(found.stdout.splitlines()[-1]))

@@ -12,12 +12,25 @@ from typing import Any
 import click
 import numpy as np
 
+from ..errors import InputError
+from ..runtime.command import Command
 from ..runtime.pipeline import Pipeline
 from .classifier import load_classifier, measure
 from .fonts import CLASSES
+from .letters import IMAGE_SIZE
 from .references import spread
 
 SAME = {CLASSES.index("0"): CLASSES.index("O"), CLASSES.index("1"): CLASSES.index("I")}  # in many fonts
+
+
+def check_demo(pipeline: Pipeline) -> None:
+    """Raises InputError for an engine that draws something else than letters and digits."""
+    model = pipeline.manifest.model
+    if (model.num_classes, model.image_size) != (len(CLASSES), IMAGE_SIZE):
+        raise InputError(
+            f"{pipeline.manifest.folder}: {model.num_classes} classes and pictures of {model.image_size} pixels; "
+            f"expected an engine of the demo: {len(CLASSES)} classes, {IMAGE_SIZE} pixels"
+        )
 
 
 def merged(labels: np.ndarray) -> np.ndarray:
@@ -58,6 +71,7 @@ def frechet(mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, ot
 
 def evaluate(pipeline: Pipeline, references: Path, num: int, seed: int, progress: bool = False, **settings: Any) -> dict[str, Any]:
     """Measures `num` pictures a class, and the real pictures beside them. references: the folder that enat.demo.references wrote."""
+    check_demo(pipeline)
     classifier = load_classifier(references / "classifier.pth")
     with np.load(references / "held_out.npz") as data:
         real, real_labels = data["pictures"], data["labels"].astype(np.int64)
@@ -82,10 +96,10 @@ def evaluate(pipeline: Pipeline, references: Path, num: int, seed: int, progress
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--engine", type=click.Path(path_type=Path), help="Engine directory; default: the bundled one.")
 @click.option("--references", type=click.Path(exists=True, path_type=Path), default=Path("demo/evaluation"), show_default=True)
-@click.option("--num", default=100, show_default=True, help="Pictures a class.")
+@click.option("--num", type=click.IntRange(1), default=100, show_default=True, help="Pictures a class.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=int)
 @click.option("--guidance", type=float)

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..runtime.command import backend_option
+from ..runtime.command import Command, backend_option
 from ..runtime.pipeline import Pipeline
 from .classifier import Classifier, load_classifier, measure
-from .evaluate import frechet
+from .evaluate import check_demo, frechet
 from .fonts import CLASSES
 
 OTHER_SEEDS = 10_000_000  # how far the second float32 run's seeds are from the first's
@@ -68,6 +68,7 @@ class Figures:
 
 def draw(name: str, pipeline: Pipeline, classifier: Classifier, num: int, seed: int) -> Drawn:
     """`num` pictures a class, class by class; class k's first has seed + k · num."""
+    check_demo(pipeline)
     parts = []
     for label in tqdm(range(len(CLASSES)), desc=name, unit="class", disable=None, leave=False):
         pictures = pipeline.generate([label], num=num, seed=seed + label * num, batch_size=32)
@@ -124,12 +125,12 @@ def evaluate_precisions(
     return compare(first, others, real)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--engine", "engines", type=click.Path(exists=True, path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--original", type=click.Path(exists=True, path_type=Path), help="The float32 engine; default: the bundled one.")
 @backend_option(help="That runs the engines.")
 @click.option("--references", type=click.Path(exists=True, path_type=Path), default=Path("demo/evaluation"), show_default=True)
-@click.option("--num", default=560, show_default=True, help="Pictures a class.")
+@click.option("--num", type=click.IntRange(1), default=560, show_default=True, help="Pictures a class.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(engines: tuple[Path, ...], original: Path | None, backend: str, references: Path, num: int, seed: int, as_json: bool) -> None:

@@ -9,6 +9,7 @@ features as a moving average (van den Oord et al., "Neural Discrete Representati
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -31,12 +32,13 @@ class MovingCodebook:
         self.embedding, self.decay = embedding, decay
         self.counts = torch.ones(len(embedding), device=embedding.device)
         self.sums = embedding.clone()
+        self.recent: list[Tensor] = []  # features [N, Z] to begin with
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"counts": self.counts, "sums": self.sums}
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts, "sums": self.sums, "recent": self.recent}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.counts, self.sums = (state[name].to(self.embedding.device) for name in ("counts", "sums"))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts, self.sums, *self.recent = (one.to(self.embedding.device) for one in (state["counts"], state["sums"], *state["recent"]))
 
     @torch.no_grad()
     def start(self, features: Tensor, iterations: int = 20) -> None:
@@ -122,7 +124,6 @@ def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, dev
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, 100))
     run = Run(out, steps, model=model, codebook=codebook, optimizer=optimizer, schedule=schedule)
-    recent: list[Tensor] = []  # features to cluster
     for step in run.remaining():
         images = as_images(data[torch.randint(len(data), (batch_size,)).numpy()], where)
         with autocast(where):
@@ -130,11 +131,11 @@ def main(fonts: Path, out: Path, pictures: int, steps: int, batch_size: int, dev
         features = z.permute(0, 2, 3, 1).flatten(0, 2)  # [B·64, Z]
         if step < WARMUP_STEPS:
             quantized, commitment = z, z.new_zeros(())
-            recent = [*recent[-63:], features.detach()]
+            codebook.recent = [*codebook.recent[-63:], features.detach()]
         else:
-            if recent:
-                codebook.start(torch.cat(recent))
-                recent = []
+            if codebook.recent:
+                codebook.start(torch.cat(codebook.recent))
+                codebook.recent = []
             chosen = model.quantize.nearest(z.detach())
             picked = model.quantize.embedding(chosen).detach().transpose(1, 2).view_as(z)
             commitment = F.mse_loss(z, picked)

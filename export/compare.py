@@ -80,6 +80,13 @@ class Comparison:
         return f"divergence {self.divergence:.2g} nats, top-1 agreement {self.top1:.2%}{pictures}"
 
 
+def seeds_of(images: int, seed: int) -> list[int]:
+    """Of the images that are compared. Raises InputError."""
+    if images < 1:
+        raise InputError(f"expected 1 or more images, got {images}")
+    return image_seeds(seed, images)
+
+
 def compare(
     engine: Pipeline,
     reference: Pipeline,
@@ -97,9 +104,8 @@ def compare(
     """
     check_same_model(engine.manifest, reference.manifest)
     steps = reference.schedule()
-    if images < 1:
-        raise InputError(f"expected 1 or more images, got {images}")
-    labels, seeds = spread_labels(reference.manifest.model, images, classes), image_seeds(seed, images)
+    seeds = seeds_of(images, seed)
+    labels = spread_labels(reference.manifest.model, images, classes)
     sums = np.zeros((len(steps), 5))  # positions, divergence, top-1, squared error of features, their squares
     psnr_errors, equal = [], 0.0
     pictures: list[tuple[Images, Images]] = []

@@ -76,12 +76,13 @@ def main(
         if file:
             check_writable(file, file=True)
     with needs("calibration,cpu", "comparing engines"):
-        from .compare import check_same_model, compare
+        from .compare import check_same_model, compare, seeds_of
         from .layers import layer_errors
     if plot:
         with needs("plot", "--plot"):
             import matplotlib
         matplotlib.use("Agg")
+    seeds_of(images, seed)
     one, other = read_manifest(engine), read_manifest(against)
     check_same_model(one, other)
     labels = parse_classes(other.model, classes) if classes else None

@@ -286,6 +286,14 @@ def test_a_footprint_is_that_of_a_second_process(monkeypatch: pytest.MonkeyPatch
     assert asked == [{"engine": "e", "backend": "openvino", "device": "cpu", "threads": 3, "case": case, "free": None}] * 2
 
 
+def test_a_footprint_whose_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for want of memory: the signal is told, and not what it said before."""
+    died = SimpleNamespace(returncode=-9, stdout="", stderr="Warning: slow\n  the line that warned\n")
+    monkeypatch.setattr("enat.benchmarks.footprint.subprocess", SimpleNamespace(run=lambda *rest, **options: died))
+    with pytest.raises(BackendError, match=r"^a process that loads e was ended by signal 9, for want of memory, maybe$"):
+        footprint(Path("e"), "openvino", "cpu", 3, Case(2, 4, True))
+
+
 def test_what_the_process_of_a_footprint_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws the batch three times; what it takes at best is no part of loading."""
     loaded: list[tuple[object, ...]] = []

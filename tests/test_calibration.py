@@ -31,7 +31,7 @@ from enat.calibration.calibrate import (
     shared_settings,
 )
 from enat.calibration.products import Graphs, Group, Product, find_groups, find_products, int8_share, load_graphs, multiply_adds
-from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, quantize, quantize_channels, quantize_columns, quantize_tables
+from enat.calibration.quantize import INPUT_LIMIT, WEIGHT_LIMITS, constant, quantize, quantize_channels, quantize_columns, quantize_tables
 from enat.calibration.sensitivity import NOTABLE, PICTURE_ERROR, SwitchedLane, harms, keep_float
 from enat.calibration.smooth import LARGEST_FACTOR, Factors, factors, smooth
 from enat.calibration.statistics import BINS, Statistic, entropy, min_max, percentile
@@ -156,6 +156,27 @@ def test_channels_that_are_dead_but_for_their_bias() -> None:
     inputs = {"a": rng.normal(size=(1, 4, 6, 6)).astype(np.float32)}
     expected, found = (ort.InferenceSession(ir.to_proto(one).SerializeToString()).run(None, inputs)[0] for one in (graph, quantized))
     assert np.abs(found - expected).max() < 0.4
+
+
+def test_a_convolution_behind_another_one() -> None:
+    """What the first gives is quantized once."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20]> g (float[1, 2, 4, 4] a) => (float[1, 2, 4, 4] y) {
+        x = Identity(a)
+        z = Conv<kernel_shape = [1, 1]>(x, v)
+        w = Conv<kernel_shape = [1, 1]>(z, u)
+        y = Neg(w)
+    }""")
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    products = []
+    for node, name, (value, result) in zip(list(graph.graph)[1:3], ("first", "second"), (("x", "z"), ("z", "w")), strict=True):
+        node.name = name
+        own = constant(graph.graph, f"{name}.weight", rng.normal(size=(2, 2, 1, 1)).astype(np.float32))
+        node.replace_input_with(1, own)
+        products.append(Product(name, "image_decoder", "Conv", value, result, 4, False, 16))
+    groups = [Group("image_decoder", product.input, (product,)) for product in products]
+    quantized = quantize({"image_decoder": graph}, groups, ranges_of(groups))["image_decoder"]
+    assert [str(node.inputs[0].name) for node in quantized.graph if node.op_type == "QuantizeLinear" and node.inputs[0]] == ["x", "z", "w"]
 
 
 @given(arrays.arrays(np.float32, (7, 3, 2), elements=st.floats(-10, 10, width=32)))

@@ -426,6 +426,32 @@ def test_blocks_in_use_never_overlap(requests: list[tuple[int, bool]]) -> None:
     assert arena.total == 0 and not device.pieces
 
 
+def test_freeing_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was freed is not given out again; other threads let go of blocks meanwhile."""
+    device = HostDevice()
+    arena = Arena(device)
+    late = [arena.take(512 << i) for i in range(10)]
+    del [arena.take(size) for size in (1000, 1000, 5000, 9000)][:]
+    free = device.free
+
+    def interrupted(address: int) -> None:
+        free(address)
+        late.pop()
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(device, "free", interrupted)
+            arena.free_unused()
+        assert arena.total == sum(len(piece) for piece in device.pieces.values())
+        block = arena.take(1000)
+        device.at(block.address, block.size)
+        del block
+    late.clear()
+    arena.close()
+    assert arena.total == 0 and not device.pieces
+
+
 @given(st.integers(0, 2**40))
 def test_sizes_are_rounded_up_a_little(size: int) -> None:
     assert size <= rounded(size) <= max(512, size * 9 // 8 + 512)

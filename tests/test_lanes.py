@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -247,6 +248,7 @@ def test_a_process_that_is_forked(lanes: Lanes[Numbered], tmp_path: Path) -> Non
     def in_child(name: str) -> str:
         process = os.fork()
         if not process:
+            signal.alarm(20)
             try:
                 with lanes.lease():
                     (tmp_path / name).write_text("drawn")
@@ -257,10 +259,20 @@ def test_a_process_that_is_forked(lanes: Lanes[Numbered], tmp_path: Path) -> Non
         os.waitpid(process, 0)
         return (tmp_path / name).read_text()
 
+    def hold() -> None:
+        with lanes.lease():
+            time.sleep(0.1)
+
     assert in_child("idle") == "drawn"
     with ThreadPoolExecutor(1) as pool, lanes.lease():
         assert pool.submit(in_child, "busy").result().startswith("the pipeline was drawing when this process was forked")
     assert in_child("idle again") == "drawn"
+    with ThreadPoolExecutor(1) as pool:
+        with lanes.lease():
+            waiting = pool.submit(hold)
+            wait_for(lambda: bool(lanes.waiting))
+        assert in_child("handed on").startswith("the pipeline was drawing")  # to a thread that has not woken up yet
+        waiting.result()
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -418,6 +418,31 @@ def test_a_damaged_plan_is_not_refitted(builds: Builds, engine_copy: Path, tmp_p
         tensorrt_build.build_engine(new, [8], refit=engine_copy)
 
 
+def test_graphs_of_another_form_are_not_refitted(trt: Any, tmp_path: Path) -> None:
+    """The plan would keep what the new graph has no more."""
+    from enat.export.tensorrt_graphs import Prepared
+    from enat.export.tensorrt_plan import form, refitted
+
+    def graph(name: str, nodes: str, **constants: float) -> Prepared:
+        text = f'<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] y) {{ {nodes} }}'
+        model = onnx.parser.parse_model(text)
+        tensors = [onnx.numpy_helper.from_array(np.full(2, value, np.float32), key) for key, value in constants.items()]
+        model.graph.initializer.extend(tensors)
+        onnx.save(model, tmp_path / name)
+        return Prepared(tmp_path / name, tmp_path / name)
+
+    old = graph("old", "h = Mul(x, a) y = Elu<alpha = 0.5>(h)", a=1, b=2)
+    assert form(old) == form(graph("values", "h = Mul(x, a) y = Elu<alpha = 0.5>(h)", a=3, b=4))
+    for nodes, constants in (
+        ("h = Mul(x, a) y = Elu<alpha = 0.5>(h)", {"a": 1}),
+        ("h = Mul(x, a) y = Elu<alpha = 0.6>(h)", {"a": 1, "b": 2}),
+        ("h = Add(x, a) y = Elu<alpha = 0.5>(h)", {"a": 1, "b": 2}),
+        ("h = Mul(x, b) y = Elu<alpha = 0.5>(h)", {"a": 1, "b": 2}),
+    ):
+        with pytest.raises(BackendError, match=r"new: has other layers than the graph that the plan was built of; build it anew"):
+            refitted(tmp_path / "plan", old, graph("new", nodes, **constants))
+
+
 def test_weights_that_a_refit_must_change(trt: Any, tmp_path: Path) -> None:
     """Those of other values, or of another type, and those that were not there."""
     from enat.export.tensorrt_graphs import Prepared

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,42 @@ def test_two_builds_at_once_are_both_listed(trt: Any, engine_copy: Path) -> None
     folder.mkdir(parents=True)
     with pytest.raises(ExportError, match="was replaced while its plans were built"):
         put_in_manifest(before, builds[0], folder)
+
+
+def test_two_builds_that_end_at_the_same_time(trt: Any, engine_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that was there already, and is listed last since somebody asked for it again."""
+    from enat.export import tensorrt_build
+
+    first = make_build(read_manifest(engine_copy), max_batch=2)
+    before = listed(engine_copy, first)
+    builds = [make_build(before, max_batch=size) for size in (3, 4)]
+    write = tensorrt_build.write_builds
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    def put(build: Build) -> None:
+        folder = engine_copy / "tensorrt" / f".{build.id}.partial" / "plans"
+        folder.mkdir(parents=True)
+        tensorrt_build.put_in_manifest(before, build, folder)
+
+    monkeypatch.setattr(tensorrt_build, "write_builds", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(put, builds))
+    tensorrt_build.put_last(before, read_builds(before)[0])
+    found = [build.id for build in read_builds(read_manifest(engine_copy))]
+    assert sorted(found[:2]) == sorted(build.id for build in builds) and found[2:] == [first.id]
+
+
+def test_other_programs_builds_stay(trt: Any, engine_copy: Path) -> None:
+    """In a manifest that begins with a byte order mark, too."""
+    file = engine_copy / FILE
+    content = {**json.loads(file.read_text()), "builds": [{"backend": "other"}]}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    build = make_build(read_manifest(engine_copy))
+    assert [one.id for one in read_builds(listed(engine_copy, build))] == [build.id]
+    assert [entry["backend"] for entry in json.loads(file.read_bytes())["builds"]] == ["other", "tensorrt"]
 
 
 def test_batches_that_a_build_is_tuned_for(trt: Any) -> None:
