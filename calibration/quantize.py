@@ -51,7 +51,7 @@ def quantize(graphs: Graphs, groups: Collection[Group], ranges: Ranges, weight_b
                 weight = node.inputs[1]
                 assert weight is not None
                 bias = node.inputs[2] if len(node.inputs) > 2 else None
-                least = 0.0 if bias is None else np.abs(array(bias)) / (step_of(limit) * LARGEST_BIAS)
+                least = 0.0 if bias is None else (np.abs(array(bias)) / (step_of(limit) * LARGEST_BIAS)).astype(np.float32)
                 quantized = quantized_weights(model.graph, weight, product, WEIGHT_LIMITS[weight_bits], least)
                 node.replace_input_with(1, switch(model.graph, group, quantized, weight))
                 if product.kind == "Conv":
