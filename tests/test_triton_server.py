@@ -420,32 +420,31 @@ class ServedLane(NumpyLane):
         return [answer.as_numpy(name) for name in self.outputs[model]]
 
 
-def test_graphs_of_their_own(grpc: Client, repository: Path, tmp_path: Path, bundled: Pipeline) -> None:
+def test_graphs_of_their_own(tmp_path: Path, bundled: Pipeline) -> None:
     """Their configs are taken, and the loop runs on them. The server has no ONNX Runtime backend: a Python model stands in for it, which
     makes scalars of single numbers, as that does."""
+    import tritonclient.grpc as module
+
     out = tmp_path / "models"
     assert write(out, "--graphs", "--name", "graphs").exit_code == 0
-    names = [path.name for path in out.glob("graphs_*") if path.name != "graphs_png"]
-    one = grpc.open()
+    for name in ("graphs", "graphs_png"):
+        shutil.rmtree(out / name)
+    for model in out.iterdir():
+        config = model / "config.pbtxt"
+        text = config.read_text()
+        assert 'platform: "onnxruntime_onnx"' in text
+        python = f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{environment()}" }} }}'
+        config.write_text(text.replace('platform: "onnxruntime_onnx"', 'backend: "python"') + python)
+        (model / "1" / "model.py").write_text(STAND_IN)
+    server = Server(out, tmp_path, environment())
     try:
-        for name in names:
-            config = out / name / "config.pbtxt"
-            text = config.read_text()
-            assert 'platform: "onnxruntime_onnx"' in text
-            environment_path = f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{environment()}" }} }}'
-            config.write_text(text.replace('platform: "onnxruntime_onnx"', 'backend: "python"') + environment_path)
-            (out / name / "1" / "model.py").write_text(STAND_IN)
-            shutil.move(out / name, repository / name)
-            one.load_model(name)
-        (pictures,) = sample(ServedLane(one, grpc.module), bundled.manifest, [3, 17], [1, 2], bundled.schedule(), images=True)
+        lane = ServedLane(module.InferenceServerClient(server.grpc), module)
+        (pictures,) = sample(lane, bundled.manifest, [3, 17], [1, 2], bundled.schedule(), images=True)
         assert (pictures == bundled.generate([3, 17], seed=[1, 2])).all()
-        (tokens,) = ServedLane(one, grpc.module).run("image_encoder", {"images": pictures})
+        (tokens,) = lane.run("image_encoder", {"images": pictures})
         assert (tokens == bundled.encode(pictures).reshape(tokens.shape)).all()
     finally:
-        for name in names:
-            if one.is_model_ready(name):
-                one.unload_model(name)
-            shutil.rmtree(repository / name, ignore_errors=True)
+        server.stop()
 
 
 def test_the_page_s_client(server: Server, bundled: Pipeline) -> None:
