@@ -10,14 +10,12 @@ export ENAT_TRITON_ENVIRONMENT = $(CURDIR)/.venv/triton
 
 # Draws a sheet with the bundled engine, without PyTorch.
 demo: .venv/demo/ready
-	rm -rf build *.egg-info
 	.venv/demo/$(INSTALL) $(PACKAGE)
 	.venv/demo/bin/enat-run --class all --num 8 --seed 1 --out demo-sheet.png --grid --columns 32
 	@echo "The sheet of pictures: $(CURDIR)/demo-sheet.png"
 
 # Tests an installed package, not the clone; and that the commands work where there is no PyTorch.
 test: .venv/test/ready .venv/demo/ready .venv/triton/ready
-	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/demo/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/ruff check .
@@ -29,25 +27,21 @@ test: .venv/test/ready .venv/demo/ready .venv/triton/ready
 
 # What takes minutes more: servers at full load, the C++ library with sanitizers, torch.compile.
 test-slow: .venv/test/ready .venv/triton/ready
-	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/python -m pytest -m slow
 
 # The same tests with the oldest versions that pyproject.toml allows.
 test-oldest: .venv/oldest/ready .venv/triton/ready
-	rm -rf build *.egg-info
 	.venv/oldest/$(PIP) $(PACKAGE)
 	.venv/oldest/bin/python -m pytest
 
 # Half an hour: do 20,160 pictures drawn in 8 bits look like those in float32? With the figures of docs/PRECISION.md.
 test-quality: .venv/test/ready
-	rm -rf build *.egg-info
 	.venv/test/$(INSTALL) $(PACKAGE)
 	.venv/test/bin/python -m pytest -m quality -rP
 
 # On a machine with an NVIDIA GPU: what the other tests cannot tell without one.
 test-gpu: .venv/gpu/ready
-	rm -rf build *.egg-info
 	.venv/gpu/$(INSTALL) $(PACKAGE)
 	ENAT_TEST_GPU=1 .venv/gpu/bin/python -m pytest tests/test_gpu.py -rsP
 

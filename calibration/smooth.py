@@ -85,7 +85,7 @@ def smooth(graphs: Graphs, chosen: list[Factors], model: ModelInfo) -> Graphs:
             edit(own(graph, node, 1))[...] *= values[:, None]
         layer = one.group.products[0].name
         if layer in BEHIND_NORMS:
-            norm = producer_of(consumers[0])
+            norm = layer_norm_before(consumers[0])
             for index in (1, 2):
                 edit(own(graph, norm, index))[...] /= values
         elif layer.endswith("attn.proj"):
@@ -107,7 +107,7 @@ def smooth(graphs: Graphs, chosen: list[Factors], model: ModelInfo) -> Graphs:
     return result
 
 
-def producer_of(node: ir.Node) -> ir.Node:
+def layer_norm_before(node: ir.Node) -> ir.Node:
     value = node.inputs[0]
     assert value is not None
     producer = value.producer()
